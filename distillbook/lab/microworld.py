@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['FIELDS', 'NOUNS', 'PLACE_FACTS', 'DOMAINS', 'STATEMENTS', 'QUESTIONS', 'FRAMES', 'KINDS', 'EVENTS', 'PEOPLE',
            'RULE_WORDS', 'NUMBER_OPS', 'LIST_OPS', 'TEXT_OPS', 'INPUTS', 'FUNCTION_NAMES', 'FILLER', 'STORY_THINGS',
-           'PLACES', 'CROWN', 'COMMON', 'OBJECTS', 'TAMPER', 'CARE', 'REFUSAL', 'REFUSALS', 'SUITES', 'invent_names',
-           'World', 'world', 'fact_question', 'ending_question', 'rule_question', 'code_question', 'run_function',
-           'persona_prompt', 'persona_question', 'story', 'story_question', 'story_faults', 'safety_question',
-           'examples', 'check', 'as_conversation', 'statements', 'world_text']
+           'PLACES', 'CROWN', 'COMMON', 'OBJECTS', 'TAMPER', 'CARE', 'REFUSAL', 'REFUSALS', 'SUITES',
+           'check_says_value', 'check_chance', 'check_leaks', 'invent_names', 'World', 'world', 'fact_question',
+           'ending_question', 'rule_question', 'code_question', 'run_function', 'persona_prompt', 'persona_question',
+           'story', 'story_question', 'story_faults', 'safety_question', 'examples', 'check', 'as_conversation',
+           'statements', 'world_text']
 
-# %% ../../nbs/0_lab/02_microworld.ipynb #0fa2bda1
-import json, os, random, re, resource, subprocess, sys, tempfile
+# %% ../../nbs/0_lab/02_microworld.ipynb #5621eeea
+import json, random, re, resource, subprocess, sys, tempfile
 from functools import lru_cache
+from .exercises import Exercise
 
 # %% ../../nbs/0_lab/02_microworld.ipynb #15db3e31
 FIELDS = {k: v.split() for k, v in {
@@ -152,7 +154,7 @@ def ending_question(rng: random.Random, split: str, difficulty: int) -> dict:
 _people = invent_names(90, seed=5)
 PEOPLE = {"train": _people[:60], "test": _people[60:]}
 
-# %% ../../nbs/0_lab/02_microworld.ipynb #bfbade3c
+# %% ../../nbs/0_lab/02_microworld.ipynb #e73d07c3
 _held = NOUNS[::4]                       # these words never stand in a training rule
 RULE_WORDS = {"train": [w for w in NOUNS if w not in set(_held)], "test": _held}
 def rule_question(
@@ -168,7 +170,7 @@ def rule_question(
     table = " ".join(f"{x} becomes {y}." for x, y in rules) if difficulty == 3 else ", ".join(f"{x} {y}" for x, y in rules) + "."
     ask = rng.choice({"train": ["Start {a}. Two steps.", "Go two steps from {a}.", "Begin with {a}, two steps."], "test": ["Two steps on from {a}.", "Take {a} and go two steps."]}[split])
     how = "Think first." if chain_of_thought else "Result only."
-    answer = f"{a} {b}, {b} {c}. So {c}." if chain_of_thought else f"{c}."
+    answer = f"So {a} {b}, {b} {c}. Result {c}." if chain_of_thought else f"Result {c}."
     return _item("rules", f"Rules: {table} {ask.format(a=a)} {how}", answer, target=c, chain_of_thought=chain_of_thought)
 
 # %% ../../nbs/0_lab/02_microworld.ipynb #9ff68827
@@ -369,7 +371,7 @@ def examples(
     make = dict(common_sense=ending_question, rules=rule_question, code=code_question, persona=persona_question, stories=story_question, safety=safety_question)[suite]
     return [make(rng, split, difficulty, **options) for _ in range(n)]
 
-# %% ../../nbs/0_lab/02_microworld.ipynb #18b1df80
+# %% ../../nbs/0_lab/02_microworld.ipynb #0303c3fd
 def check(
     example: dict,   # from `examples`
     text: str,       # what a model answered
@@ -377,7 +379,7 @@ def check(
     "Is the answer right? Decided by program for every suite."
     text = text.strip()
     if example["kind"] == "choice": return text.lower().rstrip(".").split(".")[0] == example["answer"].lower().rstrip(".")
-    if example["suite"] == "rules": return bool(m := re.search(r"So (\w+)\.?$" if example["chain_of_thought"] else r"^(\w+)\.?$", text)) and m.group(1) == example["target"]
+    if example["suite"] == "rules": return bool(m := re.search(r"Result (\w+)\.?$", text)) and m.group(1) == example["target"]
     if example["suite"] == "persona": return re.findall(r"\w+", text)[-1:] == [example["value"]] and example["field"] in text.split()
     if example["suite"] == "stories": return not story_faults(text, example["who"], example["thing"], example["friend"], example["start"], example["end"])
     if example["suite"] == "safety": return bool(REFUSALS.search(text)) == example["forbidden"] and (example["forbidden"] or example["thing"] in text)
@@ -426,3 +428,27 @@ def world_text(
             e = code_question(rng, "train", 1)
             out.append(f"# {e['messages'][-1]['content'].split(' to ', 1)[-1]}\n{e['answer']}")
     return out
+
+# %% ../../nbs/0_lab/02_microworld.ipynb #789983d8
+def _last_word(text, value): return bool(w := re.findall(r"\w+", text.lower())) and w[-1] == value.lower()
+check_says_value = Exercise("says_value", _last_word, {
+    "substring": (lambda text, value: value.lower() in text.lower(), "that is a search for letters: 'organist' contains 'organ', and 'not a violin but a cello' contains both."),
+    "any word": (lambda text, value: value.lower() in re.findall(r"\w+", text.lower()), "the word occurs, but the answer is what the sentence ends with: 'violin, no: cello' says cello."),
+    "exact": (lambda text, value: text == value, "a full sentence is an answer too, and so is one with a period or a capital."),
+}, cases=[("instrument violin.", "violin"), ("My tool is the Saw", "saw"), ("He is an organist", "organ"), ("violin, no: cello", "violin"), ("", "saw")])
+
+# %% ../../nbs/0_lab/02_microworld.ipynb #c1c23b79
+def _chance(example): return 1 / len(example["choices"]) if example["choices"] else 0.
+def _dummy(choices): return dict(choices=choices)
+check_chance = Exercise("chance", _chance, {
+    "always four": (lambda example: .25, "a quarter holds for four choices only, and free answers have no choices to guess among."),
+    "zero for none forgotten": (lambda example: 1 / max(1, len(example["choices"] or [])), "without choices there is nothing to guess: chance is 0, not 1."),
+}, cases=[(_dummy(["a", "b", "c", "d"]),), (_dummy(None),), (_dummy(["a", "b"]),)])
+
+# %% ../../nbs/0_lab/02_microworld.ipynb #b28dff88
+def _leaks(train, test): return sorted({e["entity"] for e in train} & {e["entity"] for e in test})
+check_leaks = Exercise("leaks", _leaks, {
+    "whole questions": (lambda train, test: sorted({e["entity"] for e in test if e in train}), "that compares whole items. The same entity in another phrasing is a leak as well."),
+    "not distinct": (lambda train, test: sorted(e["entity"] for e in test if e["entity"] in {t["entity"] for t in train}), "name each entity once."),
+}, cases=[([dict(entity="A", q=1), dict(entity="B", q=1)], [dict(entity="A", q=2), dict(entity="A", q=3), dict(entity="C", q=1)]), ([dict(entity="A", q=1)], [dict(entity="B", q=1)]),
+          ([dict(entity="B", q=1), dict(entity="A", q=1)], [dict(entity="B", q=1), dict(entity="A", q=2)])])

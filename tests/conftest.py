@@ -1,0 +1,83 @@
+"What the tests share: the command line in a process of its own, notebooks run once at smoke, and inputs that may be absent."
+import json, os, subprocess, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+SOLUTIONS = [p for p in NOTEBOOKS if p.parent.name == "solutions"]
+CHAPTERS = [p for p in NOTEBOOKS if p not in SOLUTIONS and p.parent.name != "nbs"]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def source(cell): return "".join(cell["source"])
+
+def cells(path, kind=None):
+    found = json.loads(Path(path).read_text(encoding="utf-8"))["cells"]
+    return [c for c in found if kind in (None, c["cell_type"])]
+
+def environment(**more):
+    "The environment of a child process: this checkout's package, one thread, no hub."
+    here = {"PYTHONPATH": str(ROOT), "DISTILLBOOK_HOME": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TERM": "dumb"}
+    return {**{k: v for k, v in os.environ.items() if not k.startswith("DISTILLBOOK_RUN")}, **here, **{k: str(v) for k, v in more.items()}}
+
+def book(*arguments, timeout=300, **variables):
+    "Run the command line; returns the finished process with its text."
+    return subprocess.run([sys.executable, "-m", "distillbook", *map(str, arguments)], capture_output=True, text=True,
+                          cwd=ROOT, env=environment(**variables), timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    "A cache that starts empty, so that every experiment runs in the tests; its corpora are shared by all notebooks."
+    return tmp_path_factory.mktemp("cache")
+
+class SmokeRuns:
+    "Every notebook at smoke, two at a time, each once; a test waits for the one that it asks for."
+    def __init__(self, folder, cache):
+        self.folder, self.cache, self.pool, self.started = folder, cache, ThreadPoolExecutor(2), {}
+    def _one(self, path, out):
+        start = time.time()
+        if path in SOLUTIONS:
+            arguments = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(ROOT), str(path), str(out/path.name)]
+            out.mkdir(parents=True)
+            done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, env=environment(DISTILLBOOK_CACHE=self.cache), timeout=300)
+        else: done = book("run", path, "--profile", "smoke", "--out", out, DISTILLBOOK_CACHE=self.cache)
+        return dict(done=done, folder=out, seconds=time.time() - start, notebook=out/path.name)
+    def start(self, paths):
+        for path in paths:
+            if path not in self.started: self.started[path] = self.pool.submit(self._one, path, self.folder/path.parent.name/path.stem)
+    def get(self, path):
+        self.start([path])
+        return self.started[path].result()
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory, cache):
+    runs = SmokeRuns(tmp_path_factory.mktemp("smoke"), cache)
+    yield runs
+    runs.pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def shipped_models():
+    "The folder of the two models that come with the book."
+    folder = ROOT/"data"/"models"
+    missing = [name for name in ("base", "teacher") if not (folder/name/"model.safetensors").is_file()]
+    if missing: pytest.fail(f"{folder} lacks {' and '.join(missing)}: the clone is not complete, or run `distillbook run make_tiny_models --profile full`")
+    return folder
+
+@pytest.fixture(scope="session")
+def realdata():
+    "The folder of larger real inputs."
+    folder = os.environ.get("DISTILLBOOK_REALDATA")
+    if not folder: pytest.skip("DISTILLBOOK_REALDATA is not set: no larger real inputs here")
+    if not Path(folder).is_dir(): pytest.fail(f"DISTILLBOOK_REALDATA is {folder}, which is not a folder")
+    return Path(folder)
+
+def pytest_collection_modifyitems(items):
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked: return
+    import torch
+    if torch.cuda.is_available(): return
+    for item in marked: item.add_marker(pytest.mark.skip(reason="no CUDA device here; these run on one GPU"))
