@@ -21,9 +21,9 @@ test: .venv/.ready-all     ## the whole test suite
 lab: .venv/.ready-all      ## JupyterLab on the course
 	@$(BIN)/jupyter lab nbs/0_lab/00_settings.ipynb
 
-export: .venv/.ready-run   ## write distillbook/ from the notebooks, clean them, write README.md (for authors)
+export: .venv/.ready-run   ## write distillbook/ from the notebooks, clean them, write README.md and data/SHA256SUMS (for authors)
 	@$(BIN)/nbdev-export && $(BIN)/nbdev-clean
-	@$(BIN)/python -c "from distillbook.lab.cli import write_readme; print(write_readme())"
+	@$(BIN)/python -c "from distillbook.lab.cli import write_readme, write_sums; print(write_sums()); print(write_readme())"
 
 outputs: .venv/.ready-all  ## run the notebooks that changed, keep their outputs and records (for authors)
 	@$(BOOK) outputs --profile smoke

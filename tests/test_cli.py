@@ -44,7 +44,7 @@ def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
     (["run", "no_such_chapter"], "no_such_chapter"), (["run", "setings"], "settings"), (["run", FAST, "--profile", "smok"], "smok"),
     (["run", FAST, "-p", "sede=1"], "sede"), (["run", FAST, "-p", "seeds=many"], "seeds"), (["run", FAST, "-p", "seeds"], "name=value"),
     (["sweep", FAST, "-p", "sede=1,2"], "sede"), (["sweep", FAST, "-p", "seeds=1,2", "--jobs", "0"], "jobs"),
-    (["report", "no_such_run"], "no_such_run"), (["run"], "CHAPTER"), (["outputs", "no_such_chapter"], "no_such_chapter")])
+    (["report", "no_such_run"], "no_such_run"), (["run"], "chapter"), (["outputs", "no_such_chapter"], "no_such_chapter")])
 def test_what_cannot_be_right_is_refused_at_once(arguments, named):
     before = sorted((ROOT/"runs").glob(f"{FAST}/*"))
     done = book(*arguments)

@@ -65,12 +65,3 @@ def test_the_course_has_exercises(): assert len(COURSE) >= 6
 
 @pytest.mark.parametrize("name", COURSE)
 def test_every_exercise_of_the_course_is_sound(name): assert problems(COURSE[name]) == []
-
-@pytest.mark.parametrize("name", COURSE)
-def test_every_exercise_answers_its_mistakes_by_name(name):
-    exercise = COURSE[name]
-    assert exercise.check(lambda *arguments: ...).message == "not tried yet"
-    assert exercise.check(exercise.right).right
-    for label, (mistake, advice) in exercise.wrong.items():
-        outcome = exercise.check(mistake)
-        assert (outcome.mistake, outcome.right) == (label, False) and outcome.message.endswith(advice)

@@ -43,7 +43,7 @@ def test_a_uniform_model_pays_the_log_of_the_vocabulary():
 
 def test_temperature_softens_both_and_the_factor_comes_once():
     "At T = 2 logits (2 log 3, 0) are the odds 3 to 1."
-    teacher, student = torch.tensor([[2*math.log(3), 0.]]).double(), torch.zeros(1, 2).double()
+    teacher, student = torch.tensor([[2*math.log(3), 0.]], dtype=torch.float64), torch.zeros(1, 2).double()
     close(kd_loss(student, teacher, temperature=2.), 4*(.75*math.log(1.5) + .25*math.log(.5)))
 
 
@@ -126,6 +126,7 @@ def test_gradient_accumulation_on_ragged_lengths(kind):
 
 def test_the_ends_of_the_divergence_are_not_swapped():
     student, teacher, _ = batch()
+    student = student/4
     close(jsd(student, teacher, beta=0.), kd_loss(student, teacher))
     close(jsd(student, teacher, beta=1.), reverse_kl(student, teacher))
     assert abs(kd_loss(student, teacher) - reverse_kl(student, teacher)) > .1
@@ -252,9 +253,12 @@ def test_fused_equals_plain(kind, chunk_size, seed, vocabulary_size, shift, num_
     for a, b in zip(torch.autograd.grad(3*fused, tensors[:2]), torch.autograd.grad(3*value, tensors[:2])): close(a, b)
 
 
-def test_fused_passes_the_numerical_check():
+def test_fused_gradients_are_slopes():
     hidden, weight, *rest = layers()
-    assert torch.autograd.gradcheck(lambda h, w: fused_kd_loss(h, w, *rest, chunk_size=4), (hidden, weight))
+    gradients = torch.autograd.grad(fused_kd_loss(hidden, weight, *rest, chunk_size=4), (hidden, weight))
+    steps = [1e-5*torch.randn_like(x) for x in (hidden, weight)]
+    up, down = (fused_kd_loss(hidden + sign*steps[0], weight + sign*steps[1], *rest, chunk_size=4).detach() for sign in (1, -1))
+    close(sum((g*s).sum() for g, s in zip(gradients, steps))*1e5, (up - down)/2*1e5, 1e-6)
 
 
 def test_fused_never_holds_more_than_a_chunk_of_logits(monkeypatch):

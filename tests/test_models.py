@@ -230,6 +230,7 @@ def test_a_checkpoint_without_a_part_is_skipped(tmp_path, missing):
 def test_another_runs_checkpoints_are_not_continued(tmp_path):
     train(small(), rows(), tmp_path, steps=4, **FAST)
     with pytest.raises(ValueError, match="learning_rate was 0.001, is 0.01.*resume=False"): train(small(), rows(), tmp_path, steps=4, learning_rate=.01, **FAST)
+    with pytest.raises(ValueError, match="first_row was"): train(small(), rows()[1:] + rows()[:1], tmp_path, steps=4, **FAST)
     again = train(small(), rows(), tmp_path, steps=4, learning_rate=.01, resume=False, **FAST)
     assert again["resumed_from"] == 0
 

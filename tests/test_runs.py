@@ -2,10 +2,10 @@
 import json, math, os, resource, shutil, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 import numpy as np, pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 from scipy import stats
 from distillbook.lab import runs
-from distillbook.lab.runs import (Claim, Measure, Run, RunRecord, atomic_write, bootstrap_interval, cached, cache_key, claims_ledger, code_hash, data_hash, figure,
+from distillbook.lab.runs import (Measure, Run, RunRecord, atomic_write, bootstrap_interval, cached, cache_key, claims_ledger, code_hash, data_hash, figure,
                                   fingerprint, judge, mean_interval, over_seeds, paired_interval, proportion_interval, start_run)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -140,16 +140,15 @@ def test_figures_tables_and_sentences(run, capsys):
     assert (run.folder/"gains.csv").read_text().splitlines()[0] == "student,gain,gain_low,gain_high" and "0.2 nats\n" in capsys.readouterr().out
     assert (run.folder/"two.svg").read_text().startswith("<?xml")
 
-def test_code_hash_follows_imports_and_ignores_outputs(tmp_path, monkeypatch):
-    def write(code, tags=(), output=()):
-        cells = [dict(cell_type="code", source=code, metadata={}, outputs=list(output)), dict(cell_type="markdown", source="words", metadata={}),
-                 dict(cell_type="code", source="seed = 9", metadata={"tags": list(tags)}, outputs=[])]
+def test_code_hash_follows_code_and_nothing_else(tmp_path):
+    def code(source, **more): return dict(cell_type="code", source=source, outputs=[], metadata={}) | more
+    def hashed(*cells):
         (tmp_path/"n.ipynb").write_text(json.dumps(dict(cells=cells)))
         return code_hash(tmp_path/"n.ipynb")
-    injected = ("injected-parameters",)
-    first = write("import json", injected)
-    assert write("#| export\nimport json  ", injected, [{"text": "1"}]) == first != write("import json\n1", injected)
-    assert write("import json") != first and write("from distillbook.lab.settings import chapters", injected) not in (first, write("from distillbook.lab.runs import cached", injected))
+    first = hashed(code("a = 1"), code("b = 2"))
+    assert hashed(code("a = 1", outputs=[{"text": "1"}]), dict(cell_type="markdown", source="words", metadata={}), code(["b ", "= 2"])) == first
+    assert hashed(code("a = 1"), code("a = 9", metadata={"tags": ["injected-parameters"]}), code("b = 2")) == first
+    assert first not in (hashed(code("b = 2"), code("a = 1")), hashed(code("a = 1b = 2")), hashed(code("a = 1"), code("b = 3")))
 
 
 # -- files that are whole ----------------------------------------------------------------------------------------------
@@ -261,6 +260,25 @@ def test_closures_and_partials_count():
         return train
     assert cache_key(make(1), {}) != cache_key(make(2), {}) and cache_key(make(1), {}) == cache_key(make(1), {})
     assert cache_key(functools.partial(step, n=1), {}) != cache_key(functools.partial(step, n=2), {})
+
+def test_a_global_tokenizer_or_model_counts_and_library_functions_do_not(monkeypatch):
+    import torch
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+    def made(word): return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({word: 0, "?": 1}, unk_token="?")), unk_token="?")
+    def uses(): return thing("a"), np.exp(1), torch.relu(torch.ones(1))
+    def key(value):
+        monkeypatch.setitem(globals(), "thing", value)
+        return cache_key(uses, {})
+    assert key(made("a")) == key(made("a")) != key(made("b"))
+    torch.manual_seed(0); one = torch.nn.Linear(1, 1); two = torch.nn.Linear(1, 1)
+    assert key(one) == key(one) != key(two)
+    assert key(np.exp) == key(np.log) == key(torch.relu)      # named in the source already
+
+def test_text_of_dots_is_text(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert [fingerprint(text) for text in (".", "..", "/", "", "./")] == [".", "..", "/", "", "./"]
 
 HIDDEN = iter([])
 def test_a_global_that_cannot_be_compared_is_refused():

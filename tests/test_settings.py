@@ -95,6 +95,10 @@ def test_order_of_places(house):
     assert resolve_parameters("first", "smoke", {"seed": "7", "steps": 5})["seed"] == 7
     assert resolve_parameters("logit_kd", "smoke") == dict(seed=3, alpha=0.9)
 
+def test_comments_behind_values_are_no_values(tmp_path, house):
+    (tmp_path/"c.ini").write_text("# first\n[smoke]\nseed = 4   # why\nteacher = a#b\n; last\n")
+    assert load_profile("smoke", "first", tmp_path/"c.ini") == dict(seed=4, teacher="a#b")
+
 def test_an_unknown_profile_names_the_known(house):
     with pytest.raises(UnknownProfile, match="'smok'.*smoke, full"): resolve_parameters("first", "smok")
     with pytest.raises(UnknownProfile, match="for ship_it only"): resolve_parameters("first", "full")

@@ -7,8 +7,8 @@ __all__ = ['check_tokens_to_divide_by', 'check_mixture', 'check_perplexity_ratio
            'output_weight', 'TeacherStates', 'check_pair', 'DistillTrainer', 'distill_step', 'teacher_hidden',
            'teacher_logits', 'distill', 'same_loss']
 
-# %% ../../nbs/2_distill/21_logit_kd.ipynb #28fb5d00
-import inspect, json
+# %% ../../nbs/2_distill/21_logit_kd.ipynb #af8ee65e
+import inspect, json, math
 from pathlib import Path
 import torch
 from torch import Tensor
@@ -37,13 +37,13 @@ def random_student(
         raise ValueError(f"{name} has room for {config.get_text_config().vocab_size} tokens and the teacher's tokenizer has {len(tokenizer)}")
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
-# %% ../../nbs/2_distill/21_logit_kd.ipynb #bafdc927
+# %% ../../nbs/2_distill/21_logit_kd.ipynb #32db3c68
 def last_hidden(
     model: PreTrainedModel,   # or the same model as an accelerator wraps it
     inputs: dict,             # input_ids and whatever else the model takes, without labels
 ) -> Tensor:                  # [batch, seq, width], what the output layer receives
     "A model short of its output layer, by way of its own forward, so that wrappers see the call."
-    return model(**inputs, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+    return model(**(inputs | dict(use_cache=False, output_hidden_states=True, logits_to_keep=1))).hidden_states[-1]
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #e24b0d40
 def output_weight(
@@ -117,7 +117,7 @@ class DistillTrainer(Trainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())   # the processes' gradients are averaged
         return (loss, outputs) if return_outputs else loss
 
-# %% ../../nbs/2_distill/21_logit_kd.ipynb #e50de71b
+# %% ../../nbs/2_distill/21_logit_kd.ipynb #6884b35b
 def distill_step(
     trainer: DistillTrainer,
     model,              # the student, as accelerate wraps it
@@ -133,10 +133,10 @@ def distill_step(
         if trainer.fused and model.training:
             theirs = teacher_hidden(teacher, inputs, states), None if teacher is None else output_weight(teacher)
             return fused_kd_loss(last_hidden(model, inputs), output_weight(trainer.model), *theirs, labels, **settings), None
-        outputs = model(**inputs)
+        outputs = model(**(inputs | dict(use_cache=False)))
         return distill_loss(outputs.logits, teacher_logits(teacher, inputs, states), labels, **settings), outputs
 
-# %% ../../nbs/2_distill/21_logit_kd.ipynb #ae132d99
+# %% ../../nbs/2_distill/21_logit_kd.ipynb #73669ddf
 @torch.no_grad()
 def teacher_hidden(
     teacher,                  # None gives None
@@ -152,7 +152,7 @@ def teacher_logits(
 ) -> Tensor | None:           # [batch, seq, vocab]
     "The teacher's logits, from kept hidden states or from the teacher."
     if teacher is None: return None
-    if states is None: return teacher.eval()(**inputs).logits
+    if states is None: return teacher.eval()(**(inputs | dict(use_cache=False))).logits
     return states @ output_weight(teacher).to(states.dtype).T
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #7910671d
@@ -187,34 +187,39 @@ def same_loss(
         raise ValueError(f"{folder} holds checkpoints of a run with {path.read_text()}, not {text}: give another folder, or resume=False")
     atomic_write(path, text)
 
-# %% ../../nbs/2_distill/21_logit_kd.ipynb #1c74753f
-def _tokens_to_divide_by(batches):    # each a list of rows of labels
-    return sum(label != -100 for batch in batches for row in batch for label in row[1:])
-def _all_labels(batches): return sum(label != -100 for batch in batches for row in batch for label in row)
-def _with_ignored(batches): return sum(len(row) - 1 for batch in batches for row in batch)
-def _of_one_part(batches): return _tokens_to_divide_by(batches) / len(batches)
+# %% ../../nbs/2_distill/21_logit_kd.ipynb #82aa7ce9
+def _tokens_to_divide_by(parts):    # each a list of rows of labels
+    return sum(label != -100 for part in parts for row in part for label in row[1:])
 
 check_tokens_to_divide_by = Exercise("tokens_to_divide_by", _tokens_to_divide_by, {
-    "no shift": (_all_labels, "that counts the first label of each row too. Nothing predicts the first token, so it never enters the loss."),
-    "ignored counted": (_with_ignored, "that counts labels of -100, which carry no loss."),
-    "mean over parts": (_of_one_part, "that is the mean over the parts; the sum over all of them keeps every token's weight the same."),
+    "no shift": (lambda parts: sum(label != -100 for part in parts for row in part for label in row),
+        "that counts the first label of each row too. Nothing predicts the first token, so it never enters the loss."),
+    "ignored counted": (lambda parts: sum(len(row) - 1 for part in parts for row in part), "that counts labels of -100, which carry no loss."),
+    "mean over parts": (lambda parts: _tokens_to_divide_by(parts) / len(parts),
+        "that is the mean over the parts; the sum over all of them keeps every token's weight the same."),
 }, cases=[([[[5, 6, 7]]],), ([[[1, 2, 3, 4], [7, 8, -100, -100]], [[-100, 4, 5]]],), ([[[1, 2]], [[3, 4, 5, 6, 7]]],)])
 
-# %% ../../nbs/2_distill/21_logit_kd.ipynb #b9510ca8
+# %% ../../nbs/2_distill/21_logit_kd.ipynb #186eacaf
 def _mixture(ce, kl, alpha, temperature): return alpha*ce + (1-alpha)*temperature**2*kl
 
 check_mixture = Exercise("mixture", _mixture, {
-    "weights swapped": (lambda ce, kl, alpha, temperature: (1-alpha)*ce + alpha*temperature**2*kl, "alpha is the weight of the text here. Other authors give it to the teacher; look before you copy a number."),
-    "no square": (lambda ce, kl, alpha, temperature: alpha*ce + (1-alpha)*kl, "without T squared the teacher's part fades as T grows: its gradient shrinks like 1/T squared."),
-    "not squared": (lambda ce, kl, alpha, temperature: alpha*ce + (1-alpha)*temperature*kl, "one T makes up for one of two: the logits were divided by T, and so are the differences of probabilities."),
-    "square on both": (lambda ce, kl, alpha, temperature: temperature**2*(alpha*ce + (1-alpha)*kl), "cross-entropy is taken at temperature 1 and needs no correction."),
+    "weights swapped": (lambda ce, kl, alpha, temperature: (1-alpha)*ce + alpha*temperature**2*kl,
+        "alpha is the weight of the text here. Other authors give it to the teacher; look before you copy a number."),
+    "no square": (lambda ce, kl, alpha, temperature: alpha*ce + (1-alpha)*kl,
+        "without T squared the teacher's part fades as T grows: its gradient shrinks like 1/T squared."),
+    "not squared": (lambda ce, kl, alpha, temperature: alpha*ce + (1-alpha)*temperature*kl,
+        "one T makes up for one of two: the logits were divided by T, and so are the differences of probabilities."),
+    "square on both": (lambda ce, kl, alpha, temperature: temperature**2*(alpha*ce + (1-alpha)*kl),
+        "cross-entropy is taken at temperature 1 and needs no correction."),
 }, cases=[(4., 0.5, 0.5, 2.), (3., 0.2, 0.9, 4.), (2., 1., 0., 1.)])
 
-# %% ../../nbs/2_distill/21_logit_kd.ipynb #c5b47f0c
-def _ratio(kd, ce): return sum(torch.tensor(a - b).exp().item() for a, b in zip(kd, ce)) / len(kd)
+# %% ../../nbs/2_distill/21_logit_kd.ipynb #9c32f113
+def _ratio(kd, ce): return sum(math.exp(a - b) for a, b in zip(kd, ce)) / len(kd)
 
 check_perplexity_ratio = Exercise("perplexity_ratio", _ratio, {
-    "ratio of nats": (lambda kd, ce: sum(a/b for a, b in zip(kd, ce))/len(kd), "that divides losses. Perplexity is exp(loss), so a ratio of perplexities is exp of a difference."),
-    "not paired": (lambda kd, ce: sum(torch.tensor(a).exp().item() for a in kd)/sum(torch.tensor(b).exp().item() for b in ce), "that divides two means. Twins share a seed: take each pair's ratio first, then the mean."),
+    "ratio of nats": (lambda kd, ce: sum(a/b for a, b in zip(kd, ce)) / len(kd),
+        "that divides losses. Perplexity is exp(loss), so a ratio of perplexities is exp of a difference."),
+    "not paired": (lambda kd, ce: sum(map(math.exp, kd)) / sum(map(math.exp, ce)),
+        "that divides two means. Twins share a seed: take each pair's ratio first, then the mean."),
     "upside down": (lambda kd, ce: _ratio(ce, kd), "that is cross-entropy over distilled; we want it the other way round."),
 }, cases=[([4.0, 4.1], [4.2, 4.0]), ([3.0, 5.0, 4.0], [3.5, 4.0, 4.4]), ([2.0, 3.0], [2.0, 3.5])])

@@ -10,8 +10,9 @@ __all__ = ['MEASURE_COLUMNS', 'CLAIM_COLUMNS', 'VERDICT_STYLES', 'app', 'Overrid
            'sweep_command', 'reference_record', 'notebook_title', 'header_numbers', 'list_command', 'claims_command',
            'claims_table', 'newest_run', 'report_command', 'read_constraints', 'check_python', 'check_package',
            'check_torch', 'check_memory', 'check_disk', 'check_write', 'check_model', 'data_files', 'data_sums',
-           'check_data', 'check_kernel', 'doctor_checks', 'doctor_command', 'store_outputs', 'clean_notebook',
-           'set_header', 'stale_notebooks', 'refresh_outputs', 'readme_text', 'write_readme', 'outputs_command']
+           'write_sums', 'check_data', 'check_kernel', 'doctor_checks', 'doctor_command', 'store_outputs',
+           'clean_notebook', 'set_header', 'stale_notebooks', 'refresh_outputs', 'readme_text', 'write_readme',
+           'outputs_command']
 
 # %% ../../nbs/0_lab/07_cli.ipynb #1dacf57b
 import contextlib, hashlib, itertools, json, os, re, shutil, sys, tempfile, time
@@ -125,7 +126,7 @@ def explain_failure(
     if isinstance(error, OSError): return f"{where}: cannot write to {error.filename or folder}: {error.strerror or error}"
     return f"{where}: {error if isinstance(error, ValueError) else repr(error)}"
 
-# %% ../../nbs/0_lab/07_cli.ipynb #bc941251
+# %% ../../nbs/0_lab/07_cli.ipynb #700d35fe
 @dataclass
 class Outcome:
     "What came of a run: a record, or the reason why there is none."
@@ -145,6 +146,14 @@ def _environment(**names):
             if value is None: os.environ.pop(name, None)
             else: os.environ[name] = value
 
+@contextlib.contextmanager
+def _kernel_sockets():
+    "Kernel connections in a folder of this run alone: nothing listens on a port, and parallel runs cannot meet."
+    from traitlets.config import Config
+    if os.name != "posix": yield Config(); return
+    with tempfile.TemporaryDirectory(prefix="distillbook-", ignore_cleanup_errors=True) as folder:
+        yield Config(KernelManager=dict(transport="ipc", ip=f"{folder}/kernel"))
+
 def write_json(path: Path, content) -> Path:
     "Write a JSON file so that a reader never sees half of it."
     part = Path(path).with_suffix(".part")
@@ -152,18 +161,18 @@ def write_json(path: Path, content) -> Path:
     os.replace(part, path)
     return Path(path)
 
-# %% ../../nbs/0_lab/07_cli.ipynb #5cd582f8
-def _read_record(plan):
-    "The record that the notebook left, with its code hash; raises where there is none."
+# %% ../../nbs/0_lab/07_cli.ipynb #154387c5
+def _read_record(plan, seconds):
+    "The record that the notebook left, with its code hash and the whole wall time; raises where there is none."
     path = plan.folder/"record.json"
     if not path.is_file(): raise ValueError(f"the notebook ended without {path.name}: its last cell must be run.finish()")
     record = json.loads(path.read_text(encoding="utf-8"))
-    record |= dict(chapter=plan.notebook.stem, profile=plan.profile, code_hash=notebook_hash(plan.notebook),
+    record |= dict(chapter=plan.notebook.stem, profile=plan.profile, code_hash=notebook_hash(plan.notebook), seconds=round(seconds, 2),
                    parameters={**plan.parameters, **record["parameters"]})
     write_json(path, record)
     return record
 
-# %% ../../nbs/0_lab/07_cli.ipynb #0af63668
+# %% ../../nbs/0_lab/07_cli.ipynb #3958be70
 def execute(
     plan: Plan,
     show: bool = True,        # draw progress on the error stream
@@ -171,18 +180,16 @@ def execute(
 ) -> Outcome:
     "Run a plan with papermill; the executed notebook is kept whatever happens."
     import papermill
-    from traitlets.config import Config
     from distillbook.lab.settings import project_root
     cells, start, record, failure = json.loads(plan.notebook.read_text(encoding="utf-8"))["cells"], time.time(), None, ""
-    transport = {"KernelManager": {"transport": "ipc"}} if os.name == "posix" else {}     # sockets in a folder of ours, not open ports
     environment = _environment(DISTILLBOOK_RUN=str(plan.folder), DISTILLBOOK_PROFILE=plan.profile,
                                DISTILLBOOK_HOME=str(project_root()), PYDEVD_DISABLE_FILE_VALIDATION="1")
-    with environment, Watch(len(cells) + bool(plan.parameters), show) as watch:
+    with environment, _kernel_sockets() as sockets, Watch(len(cells) + bool(plan.parameters), show) as watch:
         try:
             plan.folder.mkdir(parents=True, exist_ok=True)
             papermill.execute_notebook(plan.notebook, plan.folder/plan.notebook.name, parameters=plan.parameters, kernel_name="python3",
-                                       cwd=project_root(), progress_bar=False, stderr_file=watch, on_cell_start=watch.cell, config=Config(transport))
-            record = _read_record(plan) if need_record else None
+                                       cwd=project_root(), progress_bar=False, stderr_file=watch, on_cell_start=watch.cell, config=sockets)
+            record = _read_record(plan, time.time() - start) if need_record else None
         except Exception as error:
             failure = explain_failure(error, watch, plan.folder)
     return Outcome(plan, record, failure, time.time() - start)
@@ -369,7 +376,7 @@ def notebook_title(
     heads = (re.match(r"# (.+)", "".join(c["source"])) for c in cells if c["cell_type"] == "markdown")
     return next((head[1].strip() for head in heads if head), Path(path).stem)
 
-# %% ../../nbs/0_lab/07_cli.ipynb #24263fa6
+# %% ../../nbs/0_lab/07_cli.ipynb #40eaaaef
 def header_numbers(
     chapter: str,       # a notebook's stem
 ) -> str:               # "smoke 20 s, laptop 3 min, 1.2 GB", or "" before the first run
@@ -385,7 +392,8 @@ def list_command():
     "List the chapters and recipes, with the minutes and memory that they take."
     from distillbook.lab.settings import chapters
     rows = []
-    for path in chapters():
+    with _usage(): paths = chapters()
+    for path in paths:
         laptop, smoke = reference_record(path.stem) or {}, reference_record(path.stem, "smoke") or {}
         minutes, memory = laptop.get("seconds"), laptop.get("peak_memory_mb")
         rows.append((path.stem, notebook_title(path), "-" if not smoke else f"{smoke['seconds']:.0f} s", "-" if not minutes else f"{minutes/60:.1f} min",
@@ -481,7 +489,7 @@ def check_write():
     with tempfile.NamedTemporaryFile(dir=folder) as file: file.write(b"distillbook")
     return f"{folder} can be written"
 
-# %% ../../nbs/0_lab/07_cli.ipynb #926dfacb
+# %% ../../nbs/0_lab/07_cli.ipynb #242e2caf
 def check_model(name: str):
     from distillbook.lab.models import load_model, load_tokenizer
     model, tokenizer = load_model(name), load_tokenizer(name)
@@ -491,12 +499,20 @@ def data_files() -> list[Path]:
     "The shipped files under data/ whose content must not change by accident; records are left out."
     from distillbook.lab.settings import project_root
     data = project_root()/"data"
-    return sorted(p for p in data.rglob("*") if p.is_file() and p.name != "SHA256SUMS" and p.relative_to(data).parts[0] != "records")
+    passing = lambda p: p.parts[0] in ("records", "SHA256SUMS") or any(part.startswith((".", "__pycache__")) for part in p.parts)
+    return sorted(p for p in data.rglob("*") if p.is_file() and not passing(p.relative_to(data)))
 
 def data_sums() -> str:
     "The content of data/SHA256SUMS as it should be now."
     from distillbook.lab.settings import project_root
     return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.relative_to(project_root()/'data').as_posix()}\n" for p in data_files())
+
+def write_sums() -> Path:
+    "Write data/SHA256SUMS, which `sha256sum -c` can read."
+    from distillbook.lab.settings import project_root
+    path = project_root()/"data"/"SHA256SUMS"
+    path.write_text(data_sums(), encoding="utf-8")
+    return path
 
 def check_data():
     from distillbook.lab.settings import project_root
@@ -653,7 +669,7 @@ def write_readme() -> Path:
     readme.write_text(readme_text(index), encoding="utf-8")
     return readme
 
-# %% ../../nbs/0_lab/07_cli.ipynb #2cc61baf
+# %% ../../nbs/0_lab/07_cli.ipynb #5ae82687
 @app.command("outputs", epilog="Examples:  distillbook outputs   |   distillbook outputs 21_logit_kd   |   distillbook outputs --profile gpu --all")
 def outputs_command(
     names: Annotated[list[str] | None, typer.Argument(help="Chapters to run whether they changed or not.")] = None,
@@ -661,7 +677,7 @@ def outputs_command(
     everything: Annotated[bool, typer.Option("--all", help="Run every chapter, changed or not.")] = False,
 ):
     "Run the notebooks whose code changed since their outputs were made; keep outputs and records. For authors."
-    from distillbook.lab.settings import chapters, notebook_path, project_root
+    from distillbook.lab.settings import chapters, notebook_path
     with _usage(): paths = [notebook_path(n) for n in names] if names else chapters() if everything else stale_notebooks(profile)
     failed = []
     for i, path in enumerate(paths):
@@ -669,7 +685,7 @@ def outputs_command(
         outcome = refresh_outputs(path, profile)
         print(f"{path.stem}: {outcome.failure or 'ok'}, {outcome.seconds:.0f} s", flush=True)
         if outcome.failure: failed.append(path.stem)
-    (project_root()/"data"/"SHA256SUMS").write_text(data_sums(), encoding="utf-8")
+    write_sums()
     print(write_readme(), flush=True)
     if failed: complain(f"failed: {', '.join(failed)}"); raise typer.Exit(1)
 

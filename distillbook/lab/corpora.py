@@ -9,16 +9,16 @@ __all__ = ['PACKAGES', 'SPLITS', 'SKIPPED_FOLDERS', 'TEXT_SUFFIXES', 'check_row_
            'split_blocks', 'split_of_file', 'load_texts', 'load_corpus', 'tokenize_corpus', 'FixedChunks',
            'RandomChunks', 'pack', 'collate', 'chat_example']
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #069efb3d
+# %% ../../nbs/0_lab/03_corpora.ipynb #c00c5066
 import ast, gc, hashlib, importlib.metadata, importlib.util, inspect, json, os, re, sys, sysconfig, warnings
 from pathlib import Path
-import numpy as np, torch
+import numpy as np, pyarrow.parquet, torch
 from datasets import Dataset, load_dataset
 from tqdm.auto import tqdm
 from .exercises import Exercise
 from .runs import cache_folder
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #cca1d2f3
+# %% ../../nbs/0_lab/03_corpora.ipynb #05e8d556
 def _added_text(
     node: ast.AST,    # a statement of a module
 ) -> str | None:      # the text, if the statement is a call such as add_docstr(torch.abs, "...")
@@ -30,7 +30,7 @@ def _added_text(
     parts = [n.value for n in ast.walk(call) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     return "\n".join(p for p in parts if len(p) >= 40) or None
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #7fd5ee89
+# %% ../../nbs/0_lab/03_corpora.ipynb #ff19e982
 def docstrings_in(
     source: str,         # Python source
     module: str = "",    # its dotted name, the start of every object's name
@@ -48,7 +48,11 @@ def docstrings_in(
                 queue.append((f"{name}.{child.name}" if hasattr(child, "name") else name, child))
     return found
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #56ceaf22
+# %% ../../nbs/0_lab/03_corpora.ipynb #36f99d2e
+PACKAGES = ["stdlib", "numpy", "scipy", "sklearn", "pandas", "matplotlib", "torch", "transformers"]
+SPLITS = {"train": 96, "validation": 2, "test": 2}   # per cent
+SKIPPED_FOLDERS = {"test", "tests", "testing", "_testing", "idle_test", "site-packages", "dist-packages"}
+
 def package_folder(
     package: str,    # an import name, or 'stdlib'
 ) -> Path:           # where its source files are
@@ -69,12 +73,7 @@ def package_version(
     files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(package_folder(package).rglob("*.py"))]
     return hashlib.sha1(json.dumps(files).encode()).hexdigest()
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #6ba37e57
-PACKAGES = ["stdlib", "numpy", "scipy", "sklearn", "pandas", "matplotlib", "torch", "transformers"]
-SPLITS = {"train": 96, "validation": 2, "test": 2}   # per cent
-SKIPPED_FOLDERS = {"test", "tests", "testing", "_testing", "idle_test", "site-packages", "dist-packages"}
-
-# %% ../../nbs/0_lab/03_corpora.ipynb #c2c6209e
+# %% ../../nbs/0_lab/03_corpora.ipynb #d8a8b4f4
 def package_docstrings(
     package: str,    # an import name, or 'stdlib'
 ) -> list[dict]:     # rows of text, package, name
@@ -90,7 +89,7 @@ def package_docstrings(
         rows += [dict(text=text, package=package, name=name) for name, text in found]
     return rows
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #ef1b68e7
+# %% ../../nbs/0_lab/03_corpora.ipynb #e15ee337
 def word_hash(
     text: str,    # any text
 ) -> str:         # 40 hexadecimal digits
@@ -109,7 +108,7 @@ def split_of(
         draw -= share
     raise ValueError(f"the shares {shares} add up to less than 100")
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #503376fe
+# %% ../../nbs/0_lab/03_corpora.ipynb #15c7963f
 def drop_copies(
     rows: list[dict],          # each with a text
     shortest: int = 40,        # characters; shorter texts say too little
@@ -128,22 +127,40 @@ def drop_copies(
         kept.append(row)
     return kept
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #ef8ab1d4
+# %% ../../nbs/0_lab/03_corpora.ipynb #5f43f1a1
 def _collector_hash() -> str:    # changes when a rule of collection does
     "A hash of the code that decides what is in the corpus."
     rules = (word_hash, split_of, docstrings_in, _added_text, package_docstrings, drop_copies)
     text = "".join(map(inspect.getsource, rules)) + str((sorted(SKIPPED_FOLDERS), SPLITS))
     return hashlib.sha1(text.encode()).hexdigest()
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #4c33b7f9
-def _read_parquet(
-    path: Path,    # a file written by `Dataset.to_parquet`
-) -> Dataset:      # in memory; nothing is copied to the hub's cache folder
-    "A parquet file as a Dataset."
-    import pyarrow.parquet
+def _read_packages(packages):
+    "The rows of all packages, without copies, each with its split."
+    rows, collecting = [], gc.isenabled()
+    gc.disable()                           # syntax trees hold no cycles worth looking for; a third faster
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")    # other people's invalid escapes
+            for package in tqdm(packages, desc="reading docstrings"): rows += package_docstrings(package)
+    finally:
+        if collecting: gc.enable()
+    rows = [dict(row, split=split_of(row["text"])) for row in drop_copies(rows)]
+    if not rows: raise ValueError(f"no docstrings of 40 characters or more in {', '.join(packages)}")
+    return rows
+
+def _write_parquet(rows, path):
+    "Rows as a parquet file that is whole or not there."
+    unfinished = path.with_suffix(f".{os.getpid()}.part")
+    try:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), unfinished)
+        os.replace(unfinished, path)
+    finally: unfinished.unlink(missing_ok=True)
+
+def _read_parquet(path):
+    "A parquet file as a Dataset in memory; nothing is copied to the hub's cache folder."
     return Dataset(pyarrow.parquet.ParquetFile(path).read())
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #902b6433
+# %% ../../nbs/0_lab/03_corpora.ipynb #48eec5ca
 def collect_docstrings(
     packages: list[str] | None = None,    # import names; the usual eight, when None
 ) -> Dataset:                             # text, package, name, split
@@ -153,21 +170,10 @@ def collect_docstrings(
     key = hashlib.sha1(json.dumps([versions, _collector_hash()]).encode()).hexdigest()[:16]
     path = cache_folder()/f"docstrings-{key}.parquet"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        rows, collecting = [], gc.isenabled()
-        gc.disable()                      # syntax trees hold no cycles worth looking for; a third faster
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")    # other people's invalid escapes
-            for package in tqdm(packages, desc="reading docstrings"): rows += package_docstrings(package)
-        if collecting: gc.enable()
-        rows = [dict(row, split=split_of(row["text"])) for row in drop_copies(rows)]
-        if not rows: raise ValueError(f"no docstrings of 40 characters or more in {', '.join(packages)}")
-        unfinished = path.with_suffix(f".{os.getpid()}.part")
-        Dataset.from_list(rows).to_parquet(str(unfinished))
-        os.replace(unfinished, path)
+    if not path.exists(): _write_parquet(_read_packages(packages), path)
     return _read_parquet(path)
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #d1c8a5c4
+# %% ../../nbs/0_lab/03_corpora.ipynb #c8725b61
 def strip_gutenberg(
     text: str,    # of a book
 ) -> str:         # the book alone; other texts come back as they are
@@ -178,7 +184,7 @@ def strip_gutenberg(
     end = re.search(r"^(?:\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG|End of (?:the )?Project Gutenberg)", text, re.M | re.I)
     return text[:end.start() if end else None].strip()
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #bfe5cab0
+# %% ../../nbs/0_lab/03_corpora.ipynb #89f00249
 TEXT_SUFFIXES = (".txt", ".md", ".train", ".dev", ".test")
 
 def read_text(
@@ -197,7 +203,7 @@ def read_text(
             text = raw.decode("latin-1")
     return strip_gutenberg("\n".join(text.splitlines()))
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #7dfadf96
+# %% ../../nbs/0_lab/03_corpora.ipynb #5e2da6ed
 def blocks(
     text: str,           # a book, a file of lines, or stories between <|endoftext|> marks
     size: int = 2000,    # characters after which a block ends at the next blank line (or line, if there are no blank ones)
@@ -215,7 +221,7 @@ def blocks(
         if block: found.append("\n\n".join(block))
     return found
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #14479833
+# %% ../../nbs/0_lab/03_corpora.ipynb #47852798
 def split_blocks(
     texts: list[str],    # the documents of one corpus
 ) -> list[str]:          # a split for each: 96/2/2 by the order of their hashes
@@ -226,7 +232,7 @@ def split_blocks(
     splits = {mark: "test" if i < held else "validation" if i < 2*held else "train" for i, mark in enumerate(order)}
     return [splits[mark] for mark in marks]
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #822093df
+# %% ../../nbs/0_lab/03_corpora.ipynb #2e245a48
 def split_of_file(
     path: Path,          # its name is looked at, not its content
 ) -> str | None:         # 'train', 'validation', 'test', or None when the name says nothing
@@ -243,7 +249,8 @@ def load_texts(
 ) -> Dataset:                  # text, domain (the file's name without suffix)
     "Text files as documents. Files named for a split make the splits; else each block's hash does, 96/2/2."
     path = Path(path)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file())
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in TEXT_SUFFIXES and p.is_file()
+                                                 and not p.name.startswith(".") and p.stem.upper() not in ("README", "LICENSE"))
     if not files: raise ValueError(f"{path} has no text files ({', '.join('*'+s for s in TEXT_SUFFIXES)})")
     names = sorted({p.stem for p in files})
     if domain and domain not in names: raise ValueError(f"{path} has no file named {domain!r}; it has {', '.join(names)}")
@@ -256,7 +263,7 @@ def load_texts(
         f"; its files name only {', '.join(sorted(declared))}" if declared else f" ({len(found)} blocks of text in all)"))
     return Dataset.from_list(rows)
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #98c7e93c
+# %% ../../nbs/0_lab/03_corpora.ipynb #0c2558ca
 def _docstrings(split, domain):
     "The rows of the docstring corpus in one split, and of one package if a domain is given."
     rows = collect_docstrings()
@@ -283,7 +290,7 @@ def _hub(name, split, config):
     if column is None: raise ValueError(f"{name}: no column 'text' among {rows.column_names}")
     return Dataset.from_dict(dict(text=rows[column], domain=[name]*len(rows)))
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #49fe5426
+# %% ../../nbs/0_lab/03_corpora.ipynb #6c128466
 def load_corpus(
     name: str | Path,            # 'docstrings', 'docstrings:scipy', 'microworld', a text file or folder, a BabyLM folder, a hub name
     split: str = "train",        # 'train', 'validation', 'test'
@@ -301,7 +308,7 @@ def load_corpus(
                                 "'docstrings:PACKAGE', 'microworld' nor a hub name like owner/dataset")
     return _hub(kind, split, part or None)
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #86aeadbd
+# %% ../../nbs/0_lab/03_corpora.ipynb #9bdb5f81
 def tokenize_corpus(
     dataset,                   # a Dataset with a column text, or a list of strings
     tokenizer,                 # with an end-of-sequence token
@@ -317,7 +324,7 @@ def tokenize_corpus(
         for ids in found["input_ids"]: parts += [np.array(ids, np.int32), np.array([tokenizer.eos_token_id], np.int32)]
     return np.concatenate(parts)
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #9f919d31
+# %% ../../nbs/0_lab/03_corpora.ipynb #ff976d64
 class FixedChunks(torch.utils.data.Dataset):
     "The stream cut at every `length` tokens, the same pieces in every epoch: for validation."
     def __init__(self,
@@ -333,7 +340,7 @@ class FixedChunks(torch.utils.data.Dataset):
         ids = torch.from_numpy(np.asarray(self.ids[start:start+self.length]).astype(np.int64))
         return dict(input_ids=ids, labels=ids.clone())
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #f1d0f54c
+# %% ../../nbs/0_lab/03_corpora.ipynb #4fa52f14
 class RandomChunks(FixedChunks):
     "Chunks whose seams move: each pass over the stream starts at a new random offset, in a new order. For training."
     def __init__(self,
@@ -349,7 +356,7 @@ class RandomChunks(FixedChunks):
             starts.append(random.permutation(np.arange(offset, len(ids) - length + 1, length)))
         self.starts = np.concatenate(starts)[:n]
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #4d18388c
+# %% ../../nbs/0_lab/03_corpora.ipynb #d48e6e4a
 def pack(
     documents: list,        # each a list of token ids, or a pair (ids, labels), or a dict with both
     length: int,            # most tokens in a row
@@ -379,7 +386,7 @@ def _ids_and_labels(document):
     if len(ids) != len(labels): raise ValueError(f"{len(ids)} token ids but {len(labels)} labels in one document")
     return ids, labels
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #393e866a
+# %% ../../nbs/0_lab/03_corpora.ipynb #103f2625
 def collate(
     rows: list[dict],         # input_ids, labels, and position_ids if packed
     pad_token_id: int = 0,    # any token will do: nothing looks at it
@@ -397,14 +404,14 @@ def collate(
         batch["attention_mask"] = (torch.arange(longest)[None] < sizes).long()
     return batch
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #5df488a4
+# %% ../../nbs/0_lab/03_corpora.ipynb #73198278
 def chat_example(
     messages: list[dict],           # role and content, as for a chat template
     tokenizer,                      # its template marks the replies with {% generation %}
     max_length: int | None = None,  # tokens kept from the start; no limit when None
 ) -> dict:                          # input_ids, labels: -100 outside the assistant's replies and their end token
     "A chat ready for training on its replies alone. Raises ValueError when nothing is left to learn."
-    if "generation" not in (tokenizer.chat_template or ""):
+    if not re.search(r"{%-?\s*generation\b", tokenizer.chat_template or ""):
         raise ValueError("the chat template has no {% generation %} markers: the mask of the replies would be all zero")
     row = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = row["input_ids"][:max_length], row["assistant_masks"][:max_length]
@@ -414,7 +421,7 @@ def chat_example(
         raise ValueError(f"no assistant token to learn from{cut} (roles: {roles})")
     return dict(input_ids=list(ids), labels=[t if m else -100 for t, m in zip(ids, mask)])
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #f5f61aa4
+# %% ../../nbs/0_lab/03_corpora.ipynb #9c8e45e8
 def _positions(lengths): return [i for n in lengths for i in range(n)]
 
 check_row_positions = Exercise("row_positions", right=_positions, cases=[([3, 2],), ([1, 1, 4],)], wrong={
@@ -425,7 +432,7 @@ check_row_positions = Exercise("row_positions", right=_positions, cases=[([3, 2]
     "number of the document": (lambda lengths: [k for k, n in enumerate(lengths) for _ in range(n)],
         "these are the documents' numbers. transformers wants each token's place within its document.")})
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #f458fe50
+# %% ../../nbs/0_lab/03_corpora.ipynb #d8e22815
 def _row_labels(documents): return [label for d in documents for label in [-100, *d[1:]]]
 
 check_row_labels = Exercise("row_labels", right=_row_labels, cases=[([[5, 6, 7], [8, 9]],), ([[3], [1, 2], [4, 4]],)], wrong={
@@ -438,7 +445,7 @@ check_row_labels = Exercise("row_labels", right=_row_labels, cases=[([[5, 6, 7],
     "only the first document": (lambda documents: [-100, *[t for d in documents for t in d][1:]],
         "only the row's first label is ignored. Every document has a first token.")})
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #af5c13b0
+# %% ../../nbs/0_lab/03_corpora.ipynb #1516dc95
 def _reply_labels(ids, start, end, opening=False, closing=True, shift=0):
     "Labels of the replies; the options make the usual mistakes."
     labels, inside = [], False

@@ -7,9 +7,9 @@ __all__ = ['SPECIAL_TOKENS', 'WORD_PATTERN', 'CHAT_TEMPLATE', 'check_matrix_weig
            'train_tokenizer', 'bytes_a_token', 'tiny_qwen3', 'small_student', 'stop_tokens', 'quiet_transformers',
            'model_place', 'refuse_pickle', 'load_tokenizer', 'load_model', 'vocabulary_hash', 'check_same_vocabulary',
            'encode_prompts', 'left_pad', 'generate_batch', 'generate', 'checkpoint_is_complete', 'last_checkpoint',
-           'begin_or_resume', 'checkpoints_left', 'stop_at_nan', 'KeepWeightsFinite', 'check_rows', 'stack_rows',
-           'has_fast_bfloat16', 'where_to_train', 'training_arguments', 'Progress', 'history_of', 'run_trainer',
-           'train']
+           'row_hash', 'begin_or_resume', 'checkpoints_left', 'stop_at_nan', 'KeepWeightsFinite', 'check_rows',
+           'stack_rows', 'has_fast_bfloat16', 'where_to_train', 'training_arguments', 'Progress', 'history_of',
+           'run_trainer', 'train']
 
 # %% ../../nbs/0_lab/04_models.ipynb #b95742c3
 import hashlib, json, os, shutil, tempfile, time
@@ -285,7 +285,13 @@ def last_checkpoint(
     complete = (f for f in sorted(folders, key=lambda f: -int(f.name[11:])) if checkpoint_is_complete(f))
     return next(complete, None)
 
-# %% ../../nbs/0_lab/04_models.ipynb #4d1564a2
+# %% ../../nbs/0_lab/04_models.ipynb #09c15926
+def row_hash(
+    row: dict,    # with input_ids
+) -> str:         # 12 hexadecimal digits
+    "A fingerprint of a row's tokens."
+    return hashlib.sha256(str(torch.as_tensor(row["input_ids"]).tolist()).encode()).hexdigest()[:12]
+
 def begin_or_resume(
     folder: Path,      # of the checkpoints
     settings: dict,    # of this call, kept beside them
@@ -298,7 +304,7 @@ def begin_or_resume(
     start = last_checkpoint(folder)
     if start and path.is_file():
         before = json.loads(path.read_text())
-        changed = [f"{key} was {before.get(key)}, is {value}" for key, value in settings.items() if before.get(key) != value]
+        changed = [f"{key} was {before[key]}, is {value}" for key, value in settings.items() if before.get(key, value) != value]
         if changed: raise ValueError(f"{folder} holds checkpoints of another run ({'; '.join(changed)}): "
                                      "give another folder, or resume=False to begin again")
     folder.mkdir(parents=True, exist_ok=True)
@@ -437,7 +443,7 @@ def run_trainer(
     model.eval()
     return history_of(log) | dict(seconds=time.perf_counter() - begun, resumed_from=resumed_from)
 
-# %% ../../nbs/0_lab/04_models.ipynb #6066457f
+# %% ../../nbs/0_lab/04_models.ipynb #d9585081
 def train(
     model: PreTrainedModel,          # float32 weights; trained in place
     dataset,                         # rows dict(input_ids, labels[, position_ids]) of tensors
@@ -467,7 +473,8 @@ def train(
         place, more = Path(folder or scratch), dict(dataloader_drop_last=len(dataset) >= batch_size)
         if folder is None: more["save_strategy"] = "no"
         settings = dict(steps=steps, batch_size=batch_size, accumulation=accumulation, learning_rate=learning_rate, warmup=warmup,
-            seed=seed, rows=len(dataset), weights=model.num_parameters(), trainer=trainer_class.__name__)
+            seed=seed, rows=len(dataset), first_row=row_hash(dataset[0]), weights=model.num_parameters(), trainer=trainer_class.__name__)
+        settings |= {name: value for name, value in trainer_options.items() if isinstance(value, (int, float, str))}
         start = begin_or_resume(place, settings, resume)
         args = training_arguments(place, steps, batch_size, learning_rate, warmup, seed, save_steps, log_steps,
             accumulation, precision, device, torch_compile, **(more | (arguments or {})))

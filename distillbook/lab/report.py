@@ -126,7 +126,7 @@ def _with_interval(record, name):
     spread = interval(m["low"], m["high"])
     return number(m["value"]) + (f" ({spread})" if spread else "")
 
-# %% ../../nbs/0_lab/08_report.ipynb #69cd6d01
+# %% ../../nbs/0_lab/08_report.ipynb #c1acd19f
 STYLE = """
 :root { --ink: #1b1f24; --faint: #5b6570; --line: #d9dee4; --soft: #f5f7f9; }
 * { box-sizing: border-box; }
@@ -140,7 +140,7 @@ h3 { font-size: 1.1rem; margin: 1.6rem 0 .4rem; }
 table { border-collapse: collapse; min-width: 50%; font-variant-numeric: tabular-nums; }
 th { text-align: left; font-weight: 600; border-bottom: 2px solid var(--line); padding: .35rem 1.2rem .35rem 0; white-space: nowrap; vertical-align: bottom; }
 td { border-bottom: 1px solid var(--line); padding: .35rem 1.2rem .35rem 0; vertical-align: top; }
-td.figure { text-align: right; white-space: nowrap; } th.figure { text-align: right; }
+td.claim { min-width: 24rem; } td.run { white-space: nowrap; } td.figure { text-align: right; white-space: nowrap; } th.figure { text-align: right; }
 .verdict { display: inline-block; white-space: nowrap; border-radius: 4px; padding: 0 .5rem; font-weight: 600; background: #e9ecf0; color: #3c454f; }
 .holds { background: #d5efe6; color: #005c41; } .fails { background: #fbdfd0; color: #8a3200; } .mixed { background: #fdeec4; color: #6b4a00; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 1.2rem; margin-top: 1rem; }
@@ -150,12 +150,13 @@ nav a { color: #0b5cad; margin-right: 1rem; white-space: nowrap; }
 @media print { h2 { break-before: page; } body { font-size: 12px; } }
 """
 
-# %% ../../nbs/0_lab/08_report.ipynb #9b2c5be1
+# %% ../../nbs/0_lab/08_report.ipynb #f50001a9
 TABLE = """
 {% macro table(headings, rows) %}<div class="wide"><table>
 <tr>{% for h in headings %}<th class="{{ 'figure' if numeric(rows, loop.index0) }}">{{ h }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td class="{{ 'figure' if numeric(rows, loop.index0) }}">
-{%- if headings[loop.index0] == 'verdict' %}<span class="verdict {{ cell }}">{{ cell }}</span>{% else %}{{ cell }}{% endif -%}
+{% for row in rows %}<tr>{% for cell in row %}<td class="{{ 'figure' if numeric(rows, loop.index0) else headings[loop.index0] if headings[loop.index0] in ('claim', 'run') }}">
+{%- if headings[loop.index0] == 'verdict' %}<span class="verdict {{ cell }}">{{ cell }}</span>
+{%- elif headings[loop.index0] == 'claim' %}{{ cell[0] }}{% if cell[1] %}<div class="faint">{{ cell[1] }}</div>{% endif %}{% else %}{{ cell }}{% endif -%}
 </td>{% endfor %}</tr>
 {% endfor %}</table></div>{% endmacro %}
 """
@@ -165,7 +166,7 @@ def numeric(rows: list, column: int) -> bool:
     cells = [str(row[column]) for row in rows if str(row[column]).strip() not in ("", "-")]
     return bool(cells) and all(c.lstrip("-+")[:1].isdigit() and not any(x.isalpha() for x in c.replace(" to ", "").replace("e-", "")) for c in cells)
 
-# %% ../../nbs/0_lab/08_report.ipynb #4252e906
+# %% ../../nbs/0_lab/08_report.ipynb #9eb807a1
 PAGE = TABLE + """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{{ title }}</title><style>{{ style|safe }}</style></head><body><main>
@@ -176,7 +177,7 @@ PAGE = TABLE + """<!doctype html>
 {% if claims and entries|length > 1 %}<h3>Claims</h3>{{ table(['claim', 'verdict', 'effect', '95% interval', 'threshold', 'run'], claims) }}{% endif %}
 {% for e in entries %}<section id="run{{ loop.index }}">{% if entries|length > 1 %}<h2>{{ e.label }}</h2>{% endif %}
 <p class="faint">{{ e.record.chapter }} · profile {{ e.record.profile }} · {{ e.record.seconds|round(1) }} s · {{ (e.record.peak_memory_mb/1000)|round(1) }} GB · {{ e.record.device }} · seeds {{ e.record.seeds|join(', ') }}</p>
-{% if e.record.claims %}<h3>Claims</h3>{{ table(['claim', 'verdict', 'effect', '95% interval', 'threshold', 'why'], e.claims) }}{% endif %}
+{% if e.record.claims %}<h3>Claims</h3>{{ table(['claim', 'verdict', 'effect', '95% interval', 'threshold'], e.claims) }}{% endif %}
 {% if e.record.measures %}<h3>Measures</h3>{{ table(['measure', 'value', '95% interval', 'unit', 'n'], e.measures) }}{% endif %}
 {% for name, headings, rows in e.tables %}<h3>{{ name }}</h3>{{ table(headings, rows) }}{% endfor %}
 {% if e.figures %}<div class="pictures">{% for name, address in e.figures %}<figure class="{{ 'broad' if broad(address) }}"><img alt="{{ name }}" src="{{ address }}"><figcaption>{{ name }}</figcaption></figure>{% endfor %}</div>{% endif %}
@@ -198,7 +199,7 @@ def labels(entries: list[Entry]) -> list[str]:
     titles = [e.title for e in entries]
     return [t if titles.count(t) == 1 else f"{t}, run {titles[:i].count(t) + 1}" for i, t in enumerate(titles)]
 
-# %% ../../nbs/0_lab/08_report.ipynb #5e61894b
+# %% ../../nbs/0_lab/08_report.ipynb #1278d8d0
 def report_page(
     entries: list[Entry],     # at least one
     title: str = "",          # the chapter's title, or a general one
@@ -207,11 +208,11 @@ def report_page(
     from jinja2 import Environment, StrictUndefined
     template = Environment(autoescape=True, undefined=StrictUndefined).from_string(PAGE)
     said, named = _statements(), labels(entries)
-    claim_cells = lambda c: (said.get(c["id"], c["id"]), *claim_row(c)[1:])
+    claim_cells = lambda c: ((said.get(c["id"], c["id"]), c["why"]), *claim_row(c)[1:5])
     rows = [dict(record=dict(e.record, versions={"distillbook": "", **e.record["versions"]}), label=label, figures=e.figures, tables=e.tables,
                  source=os.path.relpath(e.source, project_root()) if e.source.resolve().is_relative_to(project_root()) else e.source.name,
                  measures=[measure_row(m) for m in e.record["measures"]], claims=[claim_cells(c) for c in e.record["claims"]]) for e, label in zip(entries, named)]
-    claims = [(*claim_cells(c)[:5], label) for e, label in zip(entries, named) for c in e.record["claims"]]
+    claims = [((said.get(c["id"], c["id"]), ""), *claim_cells(c)[1:], label) for e, label in zip(entries, named) for c in e.record["claims"]]
     title = title or (entries[0].title if len({e.record["chapter"] for e in entries}) == 1 else "distillbook: measured results")
     return template.render(entries=rows, title=title, style=STYLE, comparisons=comparisons(entries), claims=claims, numeric=numeric, broad=broad)
 

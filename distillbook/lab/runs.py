@@ -170,38 +170,18 @@ def versions() -> dict:     # package -> version, of those installed
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): found[name] = importlib.metadata.version(name)
     return found
 
-# %% ../../nbs/0_lab/01_runs.ipynb #4c8e0878
-def _modules_used(code):
-    "Names of the distillbook modules that Python source imports."
-    found = set()
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
-        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found |= {node.module} | {f"{node.module}.{a.name}" for a in node.names}
-    return {name for name in found if name.startswith("distillbook.")}
-
-def _code_only(source):
-    "Source without cell magics, directives and nbdev's position marks, which change no result."
-    return "\n".join(line.rstrip() for line in source.splitlines() if not re.match(r"\s*(%|!|#\||# %%)", line)).strip()
-
-# %% ../../nbs/0_lab/01_runs.ipynb #271f2ef2
+# %% ../../nbs/0_lab/01_runs.ipynb #60dba4ca
 def code_hash(
-    chapter: str,     # name or path of a notebook
-) -> str:
-    "Hash of a notebook's code and of every distillbook module that it imports, directly or through others."
-    cells = json.loads(notebook_path(chapter).read_text(encoding="utf-8"))["cells"]
-    texts = [_code_only("".join(c["source"])) for c in cells
-             if c["cell_type"] == "code" and "injected-parameters" not in c.get("metadata", {}).get("tags", [])]
-    package, seen, todo = Path(distillbook.__file__).parent.parent, {}, _modules_used("\n".join(texts))
-    while todo:
-        name = todo.pop()
-        file = package/(name.replace(".", "/") + ".py")
-        if name in seen or not file.is_file(): continue
-        seen[name] = _code_only(file.read_text(encoding="utf-8"))
-        todo |= _modules_used(seen[name])
-    return hashlib.sha256(json.dumps([texts, sorted(seen.items())]).encode()).hexdigest()
+    chapter: str | Path,     # name or path of a notebook
+) -> str:                    # 64 hex digits
+    "SHA-256 of a notebook's code cells, in order; text, outputs and the cell that papermill adds do not count."
+    digest = hashlib.sha256()
+    for cell in json.loads(notebook_path(chapter).read_text(encoding="utf-8"))["cells"]:
+        added = "injected-parameters" in cell.get("metadata", {}).get("tags", [])
+        if cell["cell_type"] == "code" and not added: digest.update("".join(cell["source"]).encode() + b"\0")
+    return digest.hexdigest()
 
-# %% ../../nbs/0_lab/01_runs.ipynb #243a3edf
+# %% ../../nbs/0_lab/01_runs.ipynb #0d3822a1
 def _plain(value):
     "`value` with every number that JSON does not know (nan, inf) as None."
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
@@ -212,7 +192,7 @@ def _plain(value):
 def _number(value):
     return math.nan if value is None else value
 
-# %% ../../nbs/0_lab/01_runs.ipynb #6596041a
+# %% ../../nbs/0_lab/01_runs.ipynb #94d232a9
 @dataclass
 class RunRecord:
     "All that is needed to judge a run and to make it again."
@@ -229,7 +209,7 @@ class RunRecord:
     seconds: float = 0.
     peak_memory_mb: float = 0.
 
-# %% ../../nbs/0_lab/01_runs.ipynb #13935fd5
+# %% ../../nbs/0_lab/01_runs.ipynb #496685fe
 @patch
 def save(self: RunRecord,
     folder: str | Path,      # record.json is written here
@@ -262,7 +242,7 @@ def _repr_markdown_(self: RunRecord):
     head = f"{self.chapter}, profile {self.profile}: {', '.join(counts)}"
     return "\n".join([head, ""] + (["| measure | value |", "|---|---|", *rows, ""] if rows else []) + [" · ".join(verdicts)])
 
-# %% ../../nbs/0_lab/01_runs.ipynb #915753aa
+# %% ../../nbs/0_lab/01_runs.ipynb #014b39de
 @patch
 def _repr_markdown_(self: RunRecord):
     rows = [f"| {m.name} | {m} |" for m in self.measures]
@@ -271,7 +251,7 @@ def _repr_markdown_(self: RunRecord):
     head = f"{self.chapter}, profile {self.profile}: {', '.join(counts)}"
     return "\n".join([head, ""] + (["| measure | value |", "|---|---|", *rows, ""] if rows else []) + [" · ".join(verdicts)])
 
-# %% ../../nbs/0_lab/01_runs.ipynb #8c5aeba2
+# %% ../../nbs/0_lab/01_runs.ipynb #12f07971
 def home() -> Path:
     "The project's folder, or the current one where the library is used without the course."
     try: return project_root()
@@ -293,7 +273,7 @@ def peak_memory_mb() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
-# %% ../../nbs/0_lab/01_runs.ipynb #316d1b67
+# %% ../../nbs/0_lab/01_runs.ipynb #98ded76c
 def _show(text, **richer):
     "Display in a notebook, in the richest form that the page takes; plain text in a terminal."
     if "ipykernel" not in sys.modules: return print(text)
@@ -325,7 +305,7 @@ def start_run(
     if own: record.code_hash = code_hash(chapter)
     return Run(record, folder)
 
-# %% ../../nbs/0_lab/01_runs.ipynb #356c1eb4
+# %% ../../nbs/0_lab/01_runs.ipynb #fe09844b
 @patch
 def measure(self: Run,
     name: str,             # unique in the run, snake_case
@@ -345,7 +325,7 @@ def measure(self: Run,
     self.record.measures = [m for m in self.record.measures if m.name != name] + [made]
     return made
 
-# %% ../../nbs/0_lab/01_runs.ipynb #9375b399
+# %% ../../nbs/0_lab/01_runs.ipynb #9aa67217
 def _add_claim(run, claim):
     run.record.claims = [c for c in run.record.claims if c.id != claim.id] + [claim]
     numbers = "" if math.isnan(claim.effect) else f": {claim.effect:.4g}"
@@ -354,7 +334,7 @@ def _add_claim(run, claim):
     _show(line.replace("**", "", 1), text_markdown="**" + line)
     return claim
 
-# %% ../../nbs/0_lab/01_runs.ipynb #0a7a6cfd
+# %% ../../nbs/0_lab/01_runs.ipynb #b9f008ac
 @patch
 def claim(self: Run,
     id: str,                         # as in data/claims.yaml
@@ -374,7 +354,7 @@ def not_testable(self: Run, id: str, why: str) -> Claim:
     "Record that a claim cannot be tested at this profile, with the reason."
     return _add_claim(self, Claim(id, "not testable here", why=why.rstrip(".")))
 
-# %% ../../nbs/0_lab/01_runs.ipynb #23329800
+# %% ../../nbs/0_lab/01_runs.ipynb #8fe468fd
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442"]   # Okabe and Ito 2008
 
 def figure(
@@ -389,7 +369,7 @@ def figure(
     plt.rcParams.update(look)
     return plt.subplots(1, columns, figsize=(min(width*columns, max(width, 11)), height), layout="constrained")
 
-# %% ../../nbs/0_lab/01_runs.ipynb #a7824fa0
+# %% ../../nbs/0_lab/01_runs.ipynb #7b746997
 @patch
 def figure(self: Run,
     fig,               # from `figure`
@@ -408,7 +388,7 @@ def figure(self: Run,
         from IPython.display import Image, display
         display(Image(data=files["png"].getvalue(), width=int(fig.get_figwidth()*96), alt=alt or name.replace("_", " ")))
 
-# %% ../../nbs/0_lab/01_runs.ipynb #8e86a576
+# %% ../../nbs/0_lab/01_runs.ipynb #c39a3acf
 @patch
 def say(self: Run,
     template: str,     # Markdown with {measure:.3f}, {measure.low:.3f} and the like
@@ -418,7 +398,6 @@ def say(self: Run,
     text = template.format(**measures)
     _show(text, text_markdown=text)
 
-# %% ../../nbs/0_lab/01_runs.ipynb #3cd57f12
 @patch
 def table(self: Run,
     rows,              # list of dicts, or a pandas DataFrame; a cell may be a Measure
@@ -437,7 +416,7 @@ def table(self: Run,
     shown = frame.map(lambda cell: str(cell) if isinstance(cell, Measure) else f"{cell:.4g}" if isinstance(cell, float) else cell)
     _show(shown.to_string(index=False), text_html=shown.to_html(index=False, border=0))
 
-# %% ../../nbs/0_lab/01_runs.ipynb #976c1db8
+# %% ../../nbs/0_lab/01_runs.ipynb #3696c6b9
 @patch
 def input(self: Run,
     path: str | Path,      # a file or folder that the run reads
@@ -456,13 +435,13 @@ def finish(self: Run) -> RunRecord:
     self.record.save(self.folder)
     return self.record
 
-# %% ../../nbs/0_lab/01_runs.ipynb #21f5609d
+# %% ../../nbs/0_lab/01_runs.ipynb #6a55696d
 def _digest(data):
     return hashlib.sha256(data).hexdigest()
 
 def _text_or_file(value):
     "The hash of the file, folder or shipped model that `value` names, else `value` itself."
-    if not str(value) or len(str(value)) > 1000 or "\n" in str(value): return value
+    if not str(value).strip("./\\") or len(str(value)) > 1000 or "\n" in str(value): return str(value)
     for path in (Path(value), home()/"data"/"models"/value):
         with contextlib.suppress(OSError, ValueError):
             if path.exists(): return {"file": data_hash(path)}
@@ -484,7 +463,7 @@ def fingerprint(
         return [type(value).__qualname__, {f.name: fingerprint(getattr(value, f.name)) for f in dataclasses.fields(value)}]
     return _big_fingerprint(value)
 
-# %% ../../nbs/0_lab/01_runs.ipynb #399aff18
+# %% ../../nbs/0_lab/01_runs.ipynb #3d223c98
 def _big_fingerprint(value):
     "Fingerprints of what other libraries define."
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -501,7 +480,7 @@ def _big_fingerprint(value):
         return _code_parts(value, getattr(value, "__module__", None), set())
     raise TypeError(f"the cache cannot compare a {kind}: pass plain values, or the path of a file that holds it")
 
-# %% ../../nbs/0_lab/01_runs.ipynb #1ebef4fd
+# %% ../../nbs/0_lab/01_runs.ipynb #7891424e
 def _source(thing):
     "The parsed source of a function or class: layout and comments do not count."
     try: text = textwrap.dedent(inspect.getsource(thing))
@@ -535,11 +514,16 @@ def _reached(function):
             scope |= {f"{name}.{n}": vars(item)[n] for n in attributes & set(vars(item))}
     return {name: inspect.unwrap(item) if hasattr(item, "__wrapped__") else item for name, item in sorted(scope.items()) if not inspect.ismodule(item)}
 
-# %% ../../nbs/0_lab/01_runs.ipynb #442ff522
+# %% ../../nbs/0_lab/01_runs.ipynb #1909a00b
 def _ours(thing, owner):
     "Whether a function or class is the book's, or of the module that the step is in."
     module = getattr(thing, "__module__", None) or ""
     return module == owner or module.startswith("distillbook")
+
+def _foreign(item):
+    "Whether a thing that can be called, but is no function or class, is part of another library: np.exp, torch's own operations."
+    library = type(item).__module__.split(".")[0] in ("builtins", "numpy", "torch", "typing", "functools")
+    return callable(item) and library and not isinstance(item, functools.partial) and not hasattr(item, "state_dict")
 
 def _code_parts(thing, owner, seen):
     "Source of `thing` and of all of ours that it reaches, as a list that JSON can hold."
@@ -554,8 +538,7 @@ def _code_parts(thing, owner, seen):
         for name, item in _reached(function).items():
             if inspect.isfunction(item) or inspect.isclass(item):
                 if _ours(item, owner): parts.append(_code_parts(item, owner, seen))
-            elif not callable(item) or isinstance(item, functools.partial) or _ours(type(item), owner) or hasattr(item, "state_dict"):
-                parts.append(_global_part(name, item, function.__module__))
+            elif not _foreign(item): parts.append(_global_part(name, item, function.__module__))
     bases = thing.__bases__ if inspect.isclass(thing) else ()
     return parts + [_code_parts(base, owner, seen) for base in bases if _ours(base, owner)]
 
@@ -567,7 +550,7 @@ def _global_part(name, item, module):
         raise TypeError(f"the step uses the global `{name}` ({type(item).__name__}), which the cache cannot compare: "
                         "pass it as an argument, as a value or as the path of a file") from None
 
-# %% ../../nbs/0_lab/01_runs.ipynb #cc04d5cb
+# %% ../../nbs/0_lab/01_runs.ipynb #d1275a78
 def cache_folder() -> Path:
     "Where results are kept: `DISTILLBOOK_CACHE`, else runs/cache."
     return Path(os.environ.get("DISTILLBOOK_CACHE") or home()/"runs"/"cache")
@@ -596,7 +579,7 @@ def _to_json(result, step, work):
     if str(work) in text: raise ValueError(f"step {step} returned a path inside its folder, which moves when the step is done: use result['folder']")
     return text
 
-# %% ../../nbs/0_lab/01_runs.ipynb #39022acd
+# %% ../../nbs/0_lab/01_runs.ipynb #4787896c
 def cached(
     step,          # function of keyword arguments; returns a dict that JSON can hold
     **inputs,      # plain values; a path stands for the contents of the file or folder
@@ -635,7 +618,7 @@ def _make(step, name, inputs, final):
     shutil.rmtree(checkpoints, ignore_errors=True)
     return _read_result(final)[1]
 
-# %% ../../nbs/0_lab/01_runs.ipynb #72d3fecf
+# %% ../../nbs/0_lab/01_runs.ipynb #f191c33d
 def over_seeds(
     step,            # function with a parameter `seed`
     seeds,           # list of seeds, or how many from 0 on
@@ -646,7 +629,7 @@ def over_seeds(
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     return [cached(step, seed=s, **inputs) for s in tqdm(seeds, desc=getattr(step, "__name__", "seeds"), unit="seed")]
 
-# %% ../../nbs/0_lab/01_runs.ipynb #7d5d6d43
+# %% ../../nbs/0_lab/01_runs.ipynb #c83759b3
 def claims_ledger(
     path: str | Path | None = None,     # data/claims.yaml by default
 ) -> list:                              # of dicts with id, claim, document, test, chapter
@@ -659,7 +642,7 @@ def claims_ledger(
         if lacks: raise ValueError(f"{path}: entry {i} ({row.get('id', 'no id')}) lacks {', '.join(sorted(lacks))}")
     return rows
 
-# %% ../../nbs/0_lab/01_runs.ipynb #2d359f10
+# %% ../../nbs/0_lab/01_runs.ipynb #cb2f804b
 def _verdict(low, high, threshold): return "holds" if low > threshold else "fails" if high < threshold else "mixed"
 def _mean(values): return sum(values) / len(values)
 
@@ -672,7 +655,7 @@ check_verdict = Exercise("verdict", _verdict, {
                 "one end beyond the threshold is not enough. Look at `low` for holds and at `high` for fails.")},
     [(0.1, 0.3, 0.), (-0.1, 0.3, 0.), (-0.3, -0.1, 0.), (0.1, 0.3, 0.2), (-0.3, 0.1, 0.)])
 
-# %% ../../nbs/0_lab/01_runs.ipynb #dcba06e5
+# %% ../../nbs/0_lab/01_runs.ipynb #f824419a
 def _unpaired(a, b):
     "Half width for two groups taken as strangers."
     from scipy.stats import ttest_ind

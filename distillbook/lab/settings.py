@@ -100,31 +100,29 @@ def notebook_parameters(
     if len(tagged) > 1: raise ValueError(f"{path}: {len(tagged)} cells are tagged `parameters`; papermill uses only the first")
     return parameters_from_code("".join(tagged[0]["source"]), str(path)) if tagged else {}
 
-# %% ../../nbs/0_lab/00_settings.ipynb #034f3eae
+# %% ../../nbs/0_lab/00_settings.ipynb #3540225f
 class UnknownParameter(ValueError):
     "A name that the notebook's parameters cell does not have."
 
 class UnknownProfile(ValueError):
     "A profile that settings.ini does not have."
 
-# %% ../../nbs/0_lab/00_settings.ipynb #d7d3c4a9
 def _read_settings(path=None):
     path = Path(path) if path else project_root()/"settings.ini"
     if not path.is_file(): raise FileNotFoundError(f"no settings file {path}")
-    settings = configparser.ConfigParser(interpolation=None, default_section="", inline_comment_prefixes=(" #",))
+    settings = configparser.ConfigParser(interpolation=None, default_section="", inline_comment_prefixes=("#",))
     settings.optionxform = str
     try: settings.read_string(path.read_text(encoding="utf-8"), source=str(path))
     except configparser.Error as error: raise ValueError(f"{path} cannot be read: {error}") from None
     return settings
 
-# %% ../../nbs/0_lab/00_settings.ipynb #78d0287c
 def profiles(
     path: str | Path | None = None,  # a settings file; the project's by default
 ) -> list[str]:
     "The names of the profiles in a settings file, in its order."
     return list(dict.fromkeys(section.split()[0] for section in _read_settings(path).sections()))
 
-# %% ../../nbs/0_lab/00_settings.ipynb #1b4c2cee
+# %% ../../nbs/0_lab/00_settings.ipynb #ad022a14
 def _profile_text(profile, chapter, path=None):
     "Two dicts of unparsed text: values for every chapter, values for this one."
     settings, known = _read_settings(path), profiles(path)
@@ -135,7 +133,6 @@ def _profile_text(profile, chapter, path=None):
         raise UnknownProfile(f"profile {profile!r} is for {', '.join(own.values())} only, not for {chapter}")
     return dict(settings[profile]) if profile in settings else {}, mine
 
-# %% ../../nbs/0_lab/00_settings.ipynb #c68e25cb
 def load_profile(
     profile: str,                    # "smoke", "laptop", "gpu", ...
     chapter: str,                    # "21_logit_kd" or "logit_kd"
@@ -145,7 +142,7 @@ def load_profile(
     shared, own = _profile_text(profile, chapter, path)
     return {name: parse_value(text) for name, text in {**shared, **own}.items()}
 
-# %% ../../nbs/0_lab/00_settings.ipynb #92a619e9
+# %% ../../nbs/0_lab/00_settings.ipynb #b4e9b229
 def _as_type(name, value, default):
     "`value` in the type of `default`, or a ValueError that names the parameter."
     kind = type(default)
@@ -178,7 +175,7 @@ def resolve_parameters(
     values = {**{name: text for name, text in shared.items() if name in defaults}, **asked}
     return {name: _as_type(name, values[name], default) if name in values else default for name, default in defaults.items()}
 
-# %% ../../nbs/0_lab/00_settings.ipynb #fc9d25cd
+# %% ../../nbs/0_lab/00_settings.ipynb #950c9209
 def _as_type(name, value, default):
     "`value` in the type of `default`, or a ValueError that names the parameter."
     kind = type(default)
@@ -211,7 +208,7 @@ def resolve_parameters(
     values = {**{name: text for name, text in shared.items() if name in defaults}, **asked}
     return {name: _as_type(name, values[name], default) if name in values else default for name, default in defaults.items()}
 
-# %% ../../nbs/0_lab/00_settings.ipynb #29f4a96a
+# %% ../../nbs/0_lab/00_settings.ipynb #374f7f47
 def seed_everything(
     seed: int,       # 0 or more
 ) -> int:            # the seed
@@ -231,7 +228,7 @@ def deterministic(
     torch.backends.cudnn.benchmark = False
     return before
 
-# %% ../../nbs/0_lab/00_settings.ipynb #8881b65e
+# %% ../../nbs/0_lab/00_settings.ipynb #219576b2
 def pick_device(
     name: str = "auto",   # "auto", "cpu", "cuda", "cuda:1", "mps"
 ) -> str:
@@ -245,7 +242,7 @@ def pick_device(
     if (kind.index or 0) >= there: raise ValueError(f"device {name!r} is not on this machine; use auto or cpu")
     return name
 
-# %% ../../nbs/0_lab/00_settings.ipynb #df1d5938
+# %% ../../nbs/0_lab/00_settings.ipynb #17d8bd7d
 def fast_bfloat16(
     device: str = "cpu",
 ) -> bool:
@@ -257,7 +254,7 @@ def fast_bfloat16(
     if flags: return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("amx_tile") or flags.get("bf16"))
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
-# %% ../../nbs/0_lab/00_settings.ipynb #283691cc
+# %% ../../nbs/0_lab/00_settings.ipynb #7b8885e0
 def autocast(
     device: str = "cpu",
 ):                        # a context manager
@@ -266,7 +263,7 @@ def autocast(
     if not fast_bfloat16(device): return contextlib.nullcontext()
     return torch.autocast(device.split(":")[0], dtype=torch.bfloat16)
 
-# %% ../../nbs/0_lab/00_settings.ipynb #dfb77723
+# %% ../../nbs/0_lab/00_settings.ipynb #c9e85c6e
 def _merged(defaults, shared, own, overrides):
     known = {name: value for name, value in shared.items() if name in defaults}
     return {**defaults, **known, **own, **overrides}

@@ -1,0 +1,229 @@
+"Chapter 21: the trainer with a teacher."
+import copy, json, math, os, random, signal, subprocess, sys, time
+from pathlib import Path
+import pytest, torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Trainer
+from tokenizers import Tokenizer
+from conftest import ROOT, environment
+from distillbook.distill.logit_kd import DistillTrainer, TeacherStates, distill, last_hidden, output_weight, random_student
+from distillbook.distill.losses import distill_loss
+from distillbook.lab.corpora import FixedChunks, load_corpus, tokenize_corpus
+from distillbook.lab.evaluate import perplexity
+from distillbook.lab.models import load_model, load_tokenizer, train, train_tokenizer
+
+TOKENIZER = train_tokenizer(["The quick brown fox returns the sum of two arrays, 12 and 345.\n" * 4], 300)
+SIZE = len(TOKENIZER)
+PLAIN = dict(optim="sgd", max_grad_norm=0., weight_decay=0., lr_scheduler_type="constant")
+PAIR = dict(tokenizer=TOKENIZER, teacher_tokenizer=TOKENIZER)
+
+def small(seed=0, width=32, vocabulary=SIZE, layers=1):
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, intermediate_size=32,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=128, tie_word_embeddings=True))
+
+TEACHER = small(seed=7, width=48, layers=2).eval()
+with torch.no_grad():
+    for p in TEACHER.parameters(): p.mul_(3)      # opinions, where random weights have almost none
+
+def ids(length, seed): return torch.randint(0, SIZE, (length,), generator=torch.Generator().manual_seed(seed))
+RAGGED = [dict(input_ids=ids(n, n).tolist(), labels=[-100]*(n//3) + ids(n, n).tolist()[n//3:]) for n in (4, 30, 9, 25, 6, 17, 12, 28)]
+EVEN = [dict(input_ids=ids(24, n), labels=ids(24, n)) for n in range(16)]
+
+def gradient(batch_size, accumulation, rows=RAGGED, student=None, teacher=TEACHER, **options):
+    "Of one step, as plain SGD with rate 1 takes it off the weights."
+    student = student or small()
+    before = student.lm_head.weight.detach().clone()
+    distill(student, teacher, rows, None, 1, learning_rate=1., batch_size=batch_size, accumulation=accumulation, warmup=0, precision="float32",
+            progress=False, arguments=PLAIN, **(PAIR | options))
+    return before - student.lm_head.weight.detach()
+
+def gap(a, b): return ((a - b).norm()/b.norm()).item()
+
+# gradients
+
+@pytest.mark.parametrize("kind", ["ce", "kl", "hybrid", "reverse", "jsd", "skew", "auto"])
+def test_parts_of_a_batch_add_up(kind):
+    "1 x 8 and 8 x 1 on ragged rows, plain and fused."
+    whole = gradient(8, 1, kind=kind, fused=False)
+    assert whole.norm() > 1e-4
+    for rows, parts, fused in ((1, 8, False), (4, 2, False), (8, 1, True), (1, 8, True)):
+        assert gap(gradient(rows, parts, kind=kind, fused=fused), whole) < 1e-4, (rows, parts, fused)
+
+def test_gradient_is_that_of_the_loss_over_all_tokens():
+    from distillbook.lab.corpora import collate
+    student, batch = small(), collate(RAGGED)
+    labels = batch.pop("labels")
+    with torch.no_grad(): told = TEACHER(**batch).logits
+    distill_loss(student(**batch).logits, told, labels, temperature=3., alpha=0.3).backward()
+    assert gap(gradient(2, 4, temperature=3., alpha=0.3), student.lm_head.weight.grad) < 1e-4
+
+def test_a_row_without_labels_changes_nothing():
+    empty = dict(input_ids=[1, 2, 3], labels=[-100]*3)
+    assert gap(gradient(1, 9, rows=RAGGED + [empty]), gradient(8, 1)) < 1e-4
+
+def test_cross_entropy_alone_is_transformers_trainer():
+    one, other = small(), small()
+    usual = dict(steps=4, batch_size=4, learning_rate=1e-2, precision="float32", progress=False)
+    distill(one, None, EVEN, None, tokenizer=TOKENIZER, kind="ce", fused=False, **usual)
+    train(other, EVEN, None, **usual)
+    assert torch.allclose(one.lm_head.weight, other.lm_head.weight, atol=1e-6)
+
+def test_a_student_that_is_the_teacher_has_nothing_to_learn():
+    assert gradient(8, 1, student=copy.deepcopy(TEACHER), kind="kl").abs().max() < 1e-5
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_padded_vocabulary_changes_nothing(fused):
+    "Columns beyond the tokenizer's tokens, a different number in each model, with weights that would get mass."
+    def padded(model, extra):
+        wide = small(width=model.config.hidden_size, vocabulary=SIZE + extra, layers=model.config.num_hidden_layers)
+        state = model.state_dict()
+        for name in ("model.embed_tokens.weight", "lm_head.weight"): state[name] = torch.cat([state[name], torch.full((extra, state[name].shape[1]), 0.9)])
+        wide.load_state_dict(state)
+        return wide
+    plain = gradient(8, 1, fused=fused)
+    wide = gradient(8, 1, student=padded(small(), 5), teacher=padded(TEACHER, 12).eval(), fused=fused)
+    assert gap(wide[:SIZE], plain) < 1e-4 and wide[SIZE:].abs().max() < 1e-6
+
+# the teacher
+
+def test_the_teacher_neither_changes_nor_drops_out():
+    torch.manual_seed(0)
+    teacher = GPT2LMHeadModel(GPT2Config(vocab_size=SIZE, n_embd=32, n_layer=1, n_head=4, n_positions=128, embd_pdrop=0.5, resid_pdrop=0.5)).train()
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    first, again = (gradient(8, 1, teacher=teacher) for _ in range(2))
+    assert torch.equal(first, again) and not teacher.training
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    assert all(p.grad is None for p in teacher.parameters())
+
+def test_kept_states_teach_what_the_live_teacher_does():
+    live, kept = gradient(8, 1, rows=EVEN[:8]), gradient(8, 1, rows=TeacherStates(EVEN[:8], TEACHER, batch_size=3))
+    assert gap(kept, live) < 0.02      # the states are kept in bfloat16
+
+@pytest.mark.parametrize("model", [small(), GPT2LMHeadModel(GPT2Config(vocab_size=SIZE, n_embd=32, n_layer=1, n_head=4, n_positions=64)).eval()], ids=["qwen3", "gpt2"])
+def test_last_hidden_is_what_the_output_layer_receives(model):
+    model.eval()
+    inputs = dict(input_ids=ids(20, 1)[None])
+    with torch.no_grad(): assert torch.allclose(last_hidden(model, inputs) @ output_weight(model).T, model(**inputs).logits, atol=1e-5)
+
+def test_output_layers_that_do_more_are_refused():
+    model = small()
+    model.config.final_logit_softcapping = 30.
+    with pytest.raises(ValueError, match="final_logit_softcapping"): output_weight(model)
+
+def test_evaluation_is_plain_cross_entropy(tmp_path):
+    student = small()
+    distill(student, TEACHER, EVEN, tmp_path, 2, batch_size=4, precision="float32", progress=False, eval_dataset=EVEN,
+            arguments=dict(eval_strategy="steps", eval_steps=2), **PAIR)
+    log = json.loads((tmp_path/"checkpoint-2"/"trainer_state.json").read_text())["log_history"]
+    batch = torch.stack([row["input_ids"] for row in EVEN])
+    with torch.no_grad(): expected = distill_loss(student(batch).logits, None, batch, kind="ce")
+    assert [row["eval_loss"] for row in log if "eval_loss" in row][-1] == pytest.approx(expected.item(), abs=1e-4)
+
+# what is refused
+
+def shuffled_tokenizer():
+    "As many tokens, other numbers."
+    data = json.loads(TOKENIZER.backend_tokenizer.to_str())
+    vocabulary = data["model"]["vocab"]
+    tokens = [t for t in vocabulary if t not in TOKENIZER.all_special_tokens and not t.startswith("<|")]
+    numbers = [vocabulary[t] for t in tokens]
+    for token, number in zip(tokens, numbers[1:] + numbers[:1]): vocabulary[token] = number
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(data)), eos_token="<|endoftext|>")
+
+def test_equal_size_is_not_an_equal_vocabulary():
+    other = shuffled_tokenizer()
+    assert len(other) == SIZE
+    with pytest.raises(ValueError, match="two vocabularies"): distill(small(), TEACHER, EVEN, None, 1, TOKENIZER, other)
+
+def test_what_is_wrong_is_said_before_training(tmp_path):
+    for error, options in {"give both tokenizers": dict(teacher_tokenizer=None), "kind 'klx'": dict(kind="klx"), "needs a teacher": dict(teacher=None)}.items():
+        with pytest.raises(ValueError, match=error): distill(**(dict(student=small(), teacher=TEACHER, data=EVEN, folder=None, steps=1) | PAIR | options))
+    with pytest.raises(ValueError, match="one object"): distill(TEACHER, TEACHER, EVEN, None, 1, **PAIR)
+    with pytest.raises(ValueError, match="output columns"): distill(small(), small(vocabulary=SIZE-1), EVEN, None, 1, **PAIR)
+    with pytest.raises(FileNotFoundError, match="nowhere"): distill(small(), tmp_path/"nowhere", EVEN, None, 1, TOKENIZER)
+
+def test_a_loss_that_is_not_a_number_names_the_step():
+    broken = copy.deepcopy(TEACHER)
+    with torch.no_grad(): broken.model.norm.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="step 1"): distill(small(), broken, EVEN, None, 3, batch_size=4, progress=False, **PAIR)
+
+def test_checkpoints_of_another_loss_are_refused(tmp_path):
+    usual = dict(data=EVEN, folder=tmp_path, steps=2, batch_size=4, progress=False, **PAIR)
+    distill(small(), TEACHER, **usual)
+    with pytest.raises(ValueError, match="temperature"): distill(small(), TEACHER, temperature=3., **usual)
+    distill(small(), TEACHER, temperature=3., resume=False, **usual)
+
+def test_a_random_student_takes_sizes_and_no_weights(tmp_path):
+    TEACHER.save_pretrained(tmp_path)
+    one, same, other = (random_student(str(tmp_path), TOKENIZER, seed) for seed in (1, 1, 2))
+    assert one.num_parameters() == TEACHER.num_parameters() and torch.equal(one.lm_head.weight, same.lm_head.weight)
+    assert not torch.equal(one.lm_head.weight, other.lm_head.weight) and not torch.equal(one.lm_head.weight, TEACHER.lm_head.weight)
+
+# processes
+
+CHILD = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import test_logit_kd as t
+from distillbook.distill.logit_kd import distill
+student = t.small()
+history = distill(student, t.TEACHER, t.EVEN, {folder!r}, {steps}, batch_size={rows}, save_steps={often}, learning_rate=1e-2, precision="float32",
+                  device="cpu", progress=False, **{more}, **t.PAIR)
+if torch.distributed.is_initialized() and torch.distributed.get_rank(): sys.exit()
+torch.save((student.state_dict(), history["loss"]), {result!r})
+"""
+
+def child(tmp_path, name, steps=24, rows=4, often=2, more=None):
+    script = tmp_path/f"{name}.py"
+    script.write_text(CHILD.format(tests=str(ROOT/"tests"), folder=str(tmp_path/name), steps=steps, rows=rows, often=often, more=more or {}, result=str(tmp_path/f"{name}.result")))
+    return script
+
+def result(tmp_path, name): return torch.load(tmp_path/f"{name}.result", weights_only=True)
+
+def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path):
+    "kill -9 at random moments between the first checkpoint and the end, then once more to the end."
+    quiet = dict(env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    subprocess.run([sys.executable, child(tmp_path, "whole")], check=True, timeout=300, **quiet)
+    script, kills, chance = child(tmp_path, "killed"), 0, random.Random(0)
+    for wait in (0.0, 0.05, 0.15, 0.3, 0.02):
+        seen = len(list((tmp_path/"killed").glob("checkpoint-*")))
+        process = subprocess.Popen([sys.executable, script], **quiet)
+        newest = lambda: max([int(f.name[11:]) for f in (tmp_path/"killed").glob("checkpoint-*")], default=0)
+        start = newest()
+        while process.poll() is None and newest() <= start: time.sleep(0.005)
+        time.sleep(wait * chance.random())
+        if process.poll() is None: process.send_signal(signal.SIGKILL); kills += 1
+        process.wait(); process.stderr.close()
+    subprocess.run([sys.executable, script], check=True, timeout=300, **quiet)
+    assert kills >= 2
+    (whole, losses), (killed, their_losses) = result(tmp_path, "whole"), result(tmp_path, "killed")
+    assert losses == their_losses and all(torch.equal(value, killed[name]) for name, value in whole.items())
+
+def test_two_processes_give_the_gradient_of_one(tmp_path):
+    "By accelerate's own launcher: 2 processes x 2 rows against 1 x 4."
+    script = child(tmp_path, "two", steps=3, rows=2, more=dict(seed=3))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    done = subprocess.run(launch, env=environment(ACCELERATE_USE_CPU="true"), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    subprocess.run([sys.executable, child(tmp_path, "one", steps=3, rows=4, more=dict(seed=3))], check=True, env=environment(), cwd=ROOT, timeout=300)
+    (one, _), (two, _) = result(tmp_path, "one"), result(tmp_path, "two")
+    for name, value in one.items(): assert torch.allclose(value, two[name], atol=2e-4), name
+
+# a model that nobody here made
+
+def test_a_real_model_teaches_a_smaller_one(realdata, tmp_path):
+    place = realdata/"models"/"stories260K"/"hf"
+    teacher, tokenizer = load_model(place), load_tokenizer(place)
+    text = (realdata/"text"/"tinystories.txt").read_text(encoding="utf-8")[:900]
+    assert perplexity(teacher, [text], tokenizer, length=512, join=False)["nats_per_token"] == pytest.approx(1.4845, abs=1e-3)
+    ids = tokenize_corpus(load_corpus(str(realdata/"text"/"tinystories.txt")), tokenizer)
+    held = tokenize_corpus(load_corpus(str(realdata/"text"/"tinystories.txt"), "validation"), tokenizer)[:3000]
+    config = copy.deepcopy(teacher.config)
+    config.num_hidden_layers = 2
+    config.save_pretrained(tmp_path/"sizes")
+    student = random_student(str(tmp_path/"sizes"), tokenizer, seed=0)
+    assert student.num_parameters() < 0.6*teacher.num_parameters()
+    def nats(model): return perplexity(model, held, tokenizer, length=128)["nats_per_token"]
+    before = nats(student)
+    distill(student, place, FixedChunks(ids, 128), tmp_path/"run", 60, tokenizer, learning_rate=4e-3, batch_size=8, progress=False)
+    assert nats(teacher) < nats(student) < before - 2
