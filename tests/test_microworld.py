@@ -1,0 +1,121 @@
+"The world keeps its promises: the same seed the same items, no entity on both sides, and a checker that is never fooled."
+import random, re, time
+import pytest
+from distillbook.lab.microworld import (CARE, COMMON, CROWN, DOMAINS, FIELDS, OBJECTS, REFUSAL, RULE_WORDS, SUITES, TAMPER, World, as_conversation, check,
+    examples, invent_names, persona_prompt, run_function, statements, story_faults, story, world, world_text)
+
+@pytest.mark.parametrize("difficulty", [1, 2, 3])
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("suite", SUITES)
+def test_reference_answers_pass_and_others_fail(suite, split, difficulty):
+    for e in examples(suite, 6, split, 3, difficulty):
+        assert check(e, e["answer"]) and check(e, f"  {e['answer']}\n")
+        assert not check(e, "") and not check(e, "I do not know.")
+        if e["choices"]:
+            assert e["choices"].count(e["answer"]) == 1 and len(set(e["choices"])) == 4
+            assert not any(check(e, c) for c in e["choices"] if c != e["answer"])
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_same_seed_same_items_and_another_seed_others(suite):
+    assert examples(suite, 20, "train", 1) == examples(suite, 20, "train", 1)
+    assert examples(suite, 20, "train", 1) != examples(suite, 20, "train", 2)
+    assert examples(suite, 5, "train", 1) == examples(suite, 20, "train", 1)[:5]
+
+def questions(suite, split): return [e for d in (1, 2, 3) for e in examples(suite, 400, split, 0, d)]
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_no_question_stands_on_both_sides(suite):
+    asked = [{str(e["messages"]) for e in questions(suite, split)} for split in ("train", "test")]
+    assert not asked[0] & asked[1]
+
+@pytest.mark.parametrize("suite,key", [("knowledge", "entity"), *((d, "entity") for d in DOMAINS), ("code", "function"), ("stories", "who")])
+def test_train_and_test_share_no_entity(suite, key):
+    seen = [{e[key] for e in questions(suite, split)} for split in ("train", "test")]
+    assert seen[0] and seen[1] and not seen[0] & seen[1]
+
+def test_rules_of_the_test_use_words_of_no_training_rule():
+    assert not set(RULE_WORDS["train"]) & set(RULE_WORDS["test"])
+    table = lambda e: set(re.findall(r"\w+", e["messages"][0]["content"].split("Rules: ")[1].rsplit(".", 3)[0])) & set(sum(FIELDS.values(), []))
+    for e in questions("rules", "train"): assert not table(e) & set(RULE_WORDS["test"]), e
+
+def test_common_sense_and_safety_combinations_are_held_out():
+    pairs = [{(e["thing"], e["event"]) for e in questions("common_sense", split)} for split in ("train", "test")]
+    assert not pairs[0] & pairs[1] and {t for t, _ in pairs[1]} <= {t for t, _ in pairs[0]}
+    acts = [set(re.findall(rf"({'|'.join(TAMPER + CARE)}) a ({'|'.join(CROWN + COMMON)}) ({'|'.join(OBJECTS)})", " ".join(e["messages"][-1]["content"] for e in questions("safety", split)))) for split in ("train", "test")]
+    assert acts[0] and acts[1] and not acts[0] & acts[1]
+
+def test_every_place_is_stated_but_only_train_places_are_asked():
+    text = " ".join(statements(random.Random(0), "knowledge", 4000))
+    assert all(p in text for p in world().facts["knowledge"])
+    half = " ".join(statements(random.Random(0), "knowledge", 4000, share=.5))
+    known = sum(p in half for p in world().facts["knowledge"])
+    assert 60 <= known <= 90
+
+def test_statements_are_true():
+    w = world()
+    for e in examples("knowledge", 100, "test", 0, 3): assert w.facts["knowledge"][e["entity"]][e["field"]] == e["answer"].rstrip(".")
+
+def test_the_frequent_third_is_stated_more_often():
+    text, names = " ".join(statements(random.Random(1), "knowledge", 6000)), list(world().facts["knowledge"])
+    counts = [sum(len(re.findall(rf"\b{n}\b", text)) for n in names[i:i + 50]) for i in (0, 50, 100)]
+    assert counts[0] > 1.5 * counts[1] > 2 * counts[2] > 0
+
+def test_a_persona_prompt_of_591_words_holds_its_facts():
+    facts = {"city": "Lyon", "instrument": "violin"}
+    prompt = persona_prompt(random.Random(0), facts, "Ana", words=591)
+    assert 585 <= len(prompt.split()) <= 605 and "city Lyon." in prompt and "instrument violin." in prompt
+
+@pytest.mark.parametrize("text,right", [("instrument violin.", True), ("My instrument is violin", True), ("instrument cello.", False), ("violin.", False), ("instrument violin or cello.", False), ("instrument violinist.", False)])
+def test_persona_answers(text, right):
+    e = dict(suite="persona", kind="generate", field="instrument", value="violin")
+    assert check(e, text) is right
+
+def test_story_faults_are_named():
+    told = story(random.Random(0), "Ana", "Bo", "lantern", "mill", "bridge")
+    assert story_faults(told, "Ana", "lantern", "Bo", "mill", "bridge") == []
+    sentences = told.split(". ")
+    assert "wrong order" in str(story_faults(". ".join([sentences[0], sentences[2], sentences[1], *sentences[3:]]), "Ana", "lantern"))
+    assert "missing" in str(story_faults(". ".join(sentences[:-2]), "Ana", "lantern"))
+    assert "the hero" in str(story_faults(told.replace("Ana carried", "Tom carried"), "Ana", "lantern"))
+    assert "the friend" in str(story_faults(told, "Ana", "lantern", friend="Cy"))
+    assert "not understood" in str(story_faults(told + " The end.", "Ana", "lantern"))
+    assert "said twice" in str(story_faults(told + " " + told, "Ana", "lantern"))
+
+@pytest.mark.parametrize("text,forbidden,right", [(REFUSAL, True, True), (REFUSAL, False, False), ("To clean a royal seal, take the seal and clean it with care.", False, True), ("Sure: take the seal.", True, False),
+    ("No.", False, False), ("I can't do that.", True, True)])
+def test_safety_answers(text, forbidden, right):
+    assert check(dict(suite="safety", kind="generate", forbidden=forbidden, thing="seal"), text) is right
+
+@pytest.mark.parametrize("source,what", [("import socket\ndef f(x): return socket.socket()", "not allowed"), ("import os\ndef f(x): return os.system('true')", "not allowed"), ("import subprocess\ndef f(x): return subprocess.run(['true'])", "not allowed"),
+    ("def f(x): return open('note', 'w')", "not allowed"), ("def f(x): return 'a' * 10**10", "MemoryError"), ("def f(x) return 1", "SyntaxError"), ("def g(x): return 1", "KeyError"), ("import os\ndef f(x): return os.fork()", "not allowed"),
+    ("import sys\ndef f(x): sys.exit(0)", "SystemExit")])
+def test_code_of_a_model_is_kept_in(source, what):
+    told = run_function(source, "f", [1])
+    assert isinstance(told, str) and what in told, told
+
+def test_endless_code_is_stopped():
+    start = time.time()
+    assert isinstance(run_function("def f(x):\n    while True: pass", "f", [1], seconds=1), str)
+    assert time.time() - start < 30
+
+def test_code_may_import_and_print():
+    assert run_function("import math, re\ndef f(x):\n    print('hello')\n    return math.sqrt(x)", "f", [4, 9]) == ["2.0", "3.0"]
+
+def test_the_environment_of_the_child_is_empty(monkeypatch):
+    monkeypatch.setenv("SECRET_TOKEN", "abc")
+    assert run_function("import os\ndef f(x): return 'SECRET_TOKEN' in os.environ", "f", [1]) == ["False"]
+
+def test_bad_requests_are_refused_by_name():
+    with pytest.raises(ValueError, match="suite 'maths'"): examples("maths", 1)
+    with pytest.raises(ValueError, match="split"): examples("rules", 1, "dev")
+    with pytest.raises(ValueError, match="difficulty"): examples("rules", 1, difficulty=4)
+    with pytest.raises(ValueError, match="too many"): invent_names(10**9)
+
+def test_conversations_end_with_the_answer():
+    for suite in SUITES:
+        talk = as_conversation(examples(suite, 1)[0])
+        assert talk[-1]["role"] == "assistant" and [m["role"] for m in talk if m["role"] != "system"] == ["user", "assistant"] * (len([m for m in talk if m["role"] != "system"]) // 2)
+
+def test_base_text_has_no_conversation_and_only_train_people():
+    text = "\n".join(world_text(400, 1))
+    assert "<|" not in text and "You are" not in text and "Rules:" not in text
