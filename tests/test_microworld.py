@@ -1,8 +1,8 @@
 "The world keeps its promises: the same seed the same items, no entity on both sides, and a checker that is never fooled."
 import random, re, time
 import pytest
-from distillbook.lab.microworld import (CARE, COMMON, CROWN, DOMAINS, FIELDS, OBJECTS, REFUSAL, RULE_WORDS, SUITES, TAMPER, World, as_conversation, check,
-    examples, invent_names, persona_prompt, run_function, statements, story_faults, story, world, world_text)
+from distillbook.lab.microworld import (CARE, COMMON, CROWN, DOMAINS, FIELDS, OBJECTS, REFUSAL, SUITES, TAMPER, World, as_conversation, check,
+    examples, invent_names, persona_prompt, rule_split, run_function, statements, story_faults, story, world, world_text)
 
 @pytest.mark.parametrize("difficulty", [1, 2, 3])
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -33,10 +33,11 @@ def test_train_and_test_share_no_entity(suite, key):
     seen = [{e[key] for e in questions(suite, split)} for split in ("train", "test")]
     assert seen[0] and seen[1] and not seen[0] & seen[1]
 
-def test_rules_of_the_test_use_words_of_no_training_rule():
-    assert not set(RULE_WORDS["train"]) & set(RULE_WORDS["test"])
-    table = lambda e: set(re.findall(r"\w+", e["messages"][0]["content"].split("Rules: ")[1].rsplit(".", 3)[0])) & set(sum(FIELDS.values(), []))
-    for e in questions("rules", "train"): assert not table(e) & set(RULE_WORDS["test"]), e
+def test_no_rule_of_the_test_is_in_a_training_question():
+    rules = lambda e: re.findall(r"(\w+) becomes (\w+)\.", e["messages"][0]["content"]) or [tuple(r.split()) for r in e["messages"][0]["content"].split("Rules: ")[1].split(".")[0].split(", ")]
+    for split in ("train", "test"):
+        for e in questions("rules", split):
+            assert {rule_split(x, y) for x, y in rules(e)} == {split} and len({w for r in rules(e) for w in r}) == 2 * len(rules(e)) - 1
 
 def test_common_sense_and_safety_combinations_are_held_out():
     pairs = [{(e["thing"], e["event"]) for e in questions("common_sense", split)} for split in ("train", "test")]
