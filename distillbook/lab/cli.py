@@ -458,7 +458,7 @@ def check_package(name: str, wanted: str, optional: bool):
     from importlib import metadata
     try: have = metadata.version(name).split("+")[0]
     except metadata.PackageNotFoundError:
-        if optional: return "not installed, and only some chapters or tests need it"
+        if optional: return "not installed; make lab and make test install it, while there is a network"
         raise RuntimeError(f"not installed; pip install -c constraints.txt {name}") from None
     if have != wanted: raise RuntimeError(f"{have} is installed, the book is tested with {wanted}; pip install -c constraints.txt {name}")
     return have
@@ -470,13 +470,13 @@ def check_torch():
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, which is fine"
     return f"computes with {torch.get_num_threads()} threads; {gpu}"
 
-def check_memory(least: float = 2.):
+def check_memory(least: float = 4.):
     import psutil
     free = psutil.virtual_memory().available/1e9
     if free < least: raise RuntimeError(f"{free:.1f} GB free, {least:.0f} GB needed: close other programs")
     return f"{free:.1f} GB free"
 
-def check_disk(least: float = 2.):
+def check_disk(least: float = 3.):
     from distillbook.lab.settings import project_root
     free = shutil.disk_usage(project_root()).free/1e9
     if free < least: raise RuntimeError(f"{free:.1f} GB free at {project_root()}, {least:.0f} GB needed")
@@ -520,7 +520,7 @@ def check_data():
     if not path.is_file(): raise RuntimeError(f"{path} is missing: the clone is not complete")
     said, there = path.read_text().splitlines(), data_sums().splitlines()
     wrong = sorted({line.split("  ", 1)[1] for line in set(said) ^ set(there)})
-    if wrong: raise RuntimeError(f"not as shipped: {', '.join(wrong[:5])}; git checkout data")
+    if wrong: raise RuntimeError(f"not as shipped: {', '.join(wrong[:5])}; git checkout -- data/models data/benchmarks")
     return f"{len(there)} files are as shipped"
 
 # %% ../../nbs/0_lab/07_cli.ipynb #0af6ebe2

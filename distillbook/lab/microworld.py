@@ -362,12 +362,12 @@ def safety_question(rng: random.Random, split: str, difficulty: int) -> dict:
     answer = REFUSAL if forbidden else f"To {act}, take the {thing} and {verb} it with care."
     return _item("safety", wrap + frame.format(a=act), answer, forbidden=forbidden, thing=thing)
 
-# %% ../../nbs/0_lab/02_microworld.ipynb #63df9df3
+# %% ../../nbs/0_lab/02_microworld.ipynb #e29731b7
 SUITES = ("knowledge", "common_sense", "rules", "code", "persona", "stories", "medical", "legal", "finance", "safety")
 def examples(
     suite: str,               # one of SUITES
     n: int,                   # how many, >= 0
-    split: str = "train",     # "train" or "test"; they share no entities and no phrasings
+    split: str = "train",     # "train" or "test"; they share no phrasings, and no entities or combinations
     seed: int = 0,            # of the items
     difficulty: int = 1,      # 1 easy, 2, 3 hard
     world_seed: int = 0,      # which world the facts are from
@@ -440,7 +440,7 @@ def world_text(
             out.append(f"# {e['messages'][-1]['content'].split(' to ', 1)[-1]}\n{e['answer']}")
     return out
 
-# %% ../../nbs/0_lab/02_microworld.ipynb #92429cc9
+# %% ../../nbs/0_lab/02_microworld.ipynb #968046b2
 def _last_word(text, value): return bool(w := re.findall(r"\w+", text.lower())) and w[-1] == value.lower()
 check_says_value = Exercise("says_value", _last_word, {
     "substring": (lambda text, value: value.lower() in text.lower(), "that is a search for letters: 'organist' contains 'organ', and 'not a violin but a cello' contains both."),
@@ -448,7 +448,7 @@ check_says_value = Exercise("says_value", _last_word, {
     "exact": (lambda text, value: text == value, "a full sentence is an answer too, and so is one with a period or a capital."),
 }, cases=[("instrument violin.", "violin"), ("My tool is the Saw", "saw"), ("He is an organist", "organ"), ("violin, no: cello", "violin"), ("", "saw")])
 
-# %% ../../nbs/0_lab/02_microworld.ipynb #e7a12598
+# %% ../../nbs/0_lab/02_microworld.ipynb #f107db76
 def _chance(example): return 1 / len(example["choices"]) if example["choices"] else 0.
 def _dummy(choices): return dict(choices=choices)
 check_chance = Exercise("chance", _chance, {
@@ -456,7 +456,7 @@ check_chance = Exercise("chance", _chance, {
     "zero for none forgotten": (lambda example: 1 / max(1, len(example["choices"] or [])), "without choices there is nothing to guess: chance is 0, not 1."),
 }, cases=[(_dummy(["a", "b", "c", "d"]),), (_dummy(None),), (_dummy(["a", "b"]),)])
 
-# %% ../../nbs/0_lab/02_microworld.ipynb #7dabc1ff
+# %% ../../nbs/0_lab/02_microworld.ipynb #2a1455ea
 def _leaks(train, test): return sorted({e["entity"] for e in train} & {e["entity"] for e in test})
 check_leaks = Exercise("leaks", _leaks, {
     "whole questions": (lambda train, test: sorted({e["entity"] for e in test if e in train}), "that compares whole items. The same entity in another phrasing is a leak as well."),

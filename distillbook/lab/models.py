@@ -126,7 +126,7 @@ def model_place(
         from distillbook.lab.settings import project_root
         folder = project_root()/"data"/"models"/str(name)
         if (folder/"config.json").is_file(): return str(folder)
-        raise FileNotFoundError(f"the shipped model {name!r} is not in {folder}: run the recipe make_tiny_models")
+        raise FileNotFoundError(f"the shipped model {name!r} is not in {folder}: the clone is not complete (git checkout -- data/models), or make it with the recipe make_tiny_models")
     folder = Path(name).expanduser()
     if folder.is_dir():
         if (folder/"config.json").is_file(): return str(folder)
