@@ -88,7 +88,8 @@ def test_safety_answers(text, forbidden, right):
     assert check(dict(suite="safety", kind="generate", forbidden=forbidden, thing="seal"), text) is right
 
 @pytest.mark.parametrize("source,what", [("import socket\ndef f(x): return socket.socket()", "not allowed"), ("import os\ndef f(x): return os.system('true')", "not allowed"), ("import subprocess\ndef f(x): return subprocess.run(['true'])", "not allowed"),
-    ("def f(x): return open('note', 'w')", "not allowed"), ("def f(x): return 'a' * 10**10", "MemoryError"), ("def f(x) return 1", "SyntaxError"), ("def g(x): return 1", "KeyError"), ("import os\ndef f(x): return os.fork()", "not allowed"),
+    ("def f(x): return open('note', 'w')", "not allowed"), ("import os\ndef f(x): return os.open('note', os.O_WRONLY | os.O_CREAT)", "not allowed"),
+    ("import __main__\ndef f(x):\n    __main__.start.__code__ = (lambda: None).__code__", "not allowed"), ("import gc\ndef f(x): return gc.get_objects()", "not allowed"), ("def f(x): return 'a' * 10**10", "MemoryError"), ("def f(x) return 1", "SyntaxError"), ("def g(x): return 1", "KeyError"), ("import os\ndef f(x): return os.fork()", "not allowed"),
     ("import sys\ndef f(x): sys.exit(0)", "SystemExit")])
 def test_code_of_a_model_is_kept_in(source, what):
     told = run_function(source, "f", [1])

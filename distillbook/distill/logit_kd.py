@@ -66,6 +66,7 @@ class TeacherStates(Dataset):
         teacher: PreTrainedModel,
         batch_size: int = 32,      # rows at once
     ):
+        if "position_ids" in data[0]: raise ValueError("TeacherStates takes plain chunks, not packed rows: give distill the teacher itself")
         output_weight(teacher)
         self.data, self.hidden, device = data, [], teacher.device
         teacher.eval()
@@ -173,17 +174,18 @@ def distill(
     "Train a student on a teacher's beliefs (Hinton et al. 2015); a killed run goes on from its last checkpoint."
     if isinstance(teacher, (str, Path)): teacher, teacher_tokenizer = load_model(teacher), teacher_tokenizer or load_tokenizer(teacher)
     settings = dict(kind=kind, temperature=temperature, alpha=alpha, loss_options=loss_options)
-    if folder is not None and more.get("resume", True): same_loss(Path(folder), settings)
+    if folder is not None: same_loss(Path(folder), settings, more.get("resume", True))
     return train(student, data, folder, steps, batch_size, learning_rate, seed=seed, trainer_class=DistillTrainer, fused=fused,
                  teacher=teacher, tokenizer=tokenizer, teacher_tokenizer=teacher_tokenizer, **settings, **more)
 
 def same_loss(
     folder: Path,      # of the checkpoints
     settings: dict,    # of the loss
+    resume: bool = True,   # False takes the folder over
 ):
     "Raise if the checkpoints in the folder were made with another loss."
     path, text = folder/"loss.json", json.dumps(settings)
-    if path.is_file() and last_checkpoint(folder) and json.loads(path.read_text()) != json.loads(text):
+    if resume and path.is_file() and last_checkpoint(folder) and json.loads(path.read_text()) != json.loads(text):
         raise ValueError(f"{folder} holds checkpoints of a run with {path.read_text()}, not {text}: give another folder, or resume=False")
     atomic_write(path, text)
 

@@ -11,6 +11,7 @@ __all__ = ['PACKAGES', 'SPLITS', 'SKIPPED_FOLDERS', 'TEXT_SUFFIXES', 'check_row_
 
 # %% ../../nbs/0_lab/03_corpora.ipynb #c00c5066
 import ast, gc, hashlib, importlib.metadata, importlib.util, inspect, json, os, re, sys, sysconfig, warnings
+from collections.abc import Mapping
 from pathlib import Path
 import numpy as np, pyarrow.parquet, torch
 from datasets import Dataset, load_dataset
@@ -363,6 +364,7 @@ def pack(
     split: bool = False,    # cut longer documents into pieces; without it they raise ValueError
 ) -> list[dict]:            # input_ids, labels, position_ids of 1 to `length` tokens
     "Whole documents side by side, in order. Positions restart and the first label of each is ignored: no document sees another."
+    if length < 1: raise ValueError(f"length must be at least 1 token, not {length}")
     rows = []
     for number, document in enumerate(documents):
         ids, labels = _ids_and_labels(document)
@@ -380,9 +382,10 @@ def pack(
 
 def _ids_and_labels(document):
     "Token ids and labels of a document, as lists of equal length."
-    if isinstance(document, dict): document = document["input_ids"], document["labels"]
+    if isinstance(document, Mapping): document = document["input_ids"], document.get("labels", document["input_ids"])
     ids, labels = document if isinstance(document, tuple) else (document, document)
     ids, labels = [np.asarray(x).tolist() for x in (ids, labels)]
+    if any(not isinstance(t, int) for t in ids): raise ValueError(f"a document must be one flat list of token ids, not {ids!r:.60}")
     if len(ids) != len(labels): raise ValueError(f"{len(ids)} token ids but {len(labels)} labels in one document")
     return ids, labels
 

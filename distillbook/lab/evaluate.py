@@ -81,7 +81,7 @@ def token_nats(
 # %% ../../nbs/0_lab/05_evaluate.ipynb #8fdc22dd
 def _batch_nats(model, streams, jobs, start):
     "The scored tokens of each window, windows padded on the right."
-    rows = [[start, *streams[k]][begin:end+1] for k, begin, _, end in jobs]
+    rows = [[start]*(begin == 0) + list(streams[k][max(begin-1, 0):end]) for k, begin, _, end in jobs]
     logits = _right_padded_logits(model, [row[:-1] for row in rows])
     for (_, begin, first, end), row, scores in zip(jobs, rows, logits):
         scores = scores[first-begin:end-begin].float()
