@@ -3,6 +3,10 @@ import json, os, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
+from hypothesis import settings as hypothesis_settings
+
+hypothesis_settings.register_profile("book", deadline=None)     # a busy machine is no error
+hypothesis_settings.load_profile("book")
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
@@ -22,7 +26,7 @@ def environment(**more):
     here = {"PYTHONPATH": str(ROOT), "DISTILLBOOK_HOME": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TERM": "dumb"}
     return {**{k: v for k, v in os.environ.items() if not k.startswith("DISTILLBOOK_RUN")}, **here, **{k: str(v) for k, v in more.items()}}
 
-def book(*arguments, timeout=300, **variables):
+def book(*arguments, timeout=900, **variables):
     "Run the command line; returns the finished process with its text."
     return subprocess.run([sys.executable, "-m", "distillbook", *map(str, arguments)], capture_output=True, text=True,
                           cwd=ROOT, env=environment(**variables), timeout=timeout)
@@ -42,7 +46,7 @@ class SmokeRuns:
         if path in SOLUTIONS:
             arguments = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(ROOT), str(path), str(out/path.name)]
             out.mkdir(parents=True)
-            done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, env=environment(DISTILLBOOK_CACHE=self.cache), timeout=300)
+            done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, env=environment(DISTILLBOOK_CACHE=self.cache), timeout=900)
         else: done = book("run", path, "--profile", "smoke", "--out", out, DISTILLBOOK_CACHE=self.cache)
         return dict(done=done, folder=out, seconds=time.time() - start, notebook=out/path.name)
     def start(self, paths):

@@ -32,6 +32,7 @@ def test_a_killed_run_is_finished_by_the_next(smoke, tmp_path, shipped_models):
         moment = draw.uniform(1, max(5, 0.8*undisturbed["seconds"]))
         command = [sys.executable, "-m", "distillbook", "run", str(recipe()), "--profile", "smoke", "--out", str(tmp_path/f"killed{attempt}")]
         if kill_after(command, moment, whole_group=attempt % 2 == 0, DISTILLBOOK_CACHE=cache): killed.append(round(moment, 1))
+    assert killed, "no attempt was killed: every run had finished before its moment"
     print(f"killed after {killed} s of about {undisturbed['seconds']:.0f} s")
     done = book("run", recipe(), "--profile", "smoke", "--out", tmp_path/"finished", DISTILLBOOK_CACHE=cache)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -62,6 +63,7 @@ def test_a_killed_training_run_goes_on_to_the_same_weights(tmp_path):
     for attempt in range(5):
         moment = draw.uniform(0.4, 0.95)*whole
         if kill_after(command("killed"), moment, whole_group=True): killed.append(round(moment, 1))
+    assert killed, "no attempt was killed: every run had finished before its moment"
     print(f"killed after {killed} s of {whole:.1f} s")
     subprocess.run(command("killed"), cwd=ROOT, env=environment(), check=True, capture_output=True)
     first, second = (json.loads((tmp_path/f"{name}.json").read_text()) for name in ("undisturbed", "killed"))

@@ -17,7 +17,6 @@ def test_chapter_runs_at_smoke(path, smoke):
     result = smoke.get(path)
     assert result["done"].returncode == 0, result["done"].stderr[-3000:]
     assert result["done"].stdout.strip().splitlines()[-1] == str(result["folder"])
-    assert result["seconds"] < 120, f"{result['seconds']:.0f} s at smoke, beside another notebook; 60 s alone are the aim"
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=name)
 def test_parameters_were_those_asked_for(path, smoke):
