@@ -242,15 +242,6 @@ def _repr_markdown_(self: RunRecord):
     head = f"{self.chapter}, profile {self.profile}: {', '.join(counts)}"
     return "\n".join([head, ""] + (["| measure | value |", "|---|---|", *rows, ""] if rows else []) + [" · ".join(verdicts)])
 
-# %% ../../nbs/0_lab/01_runs.ipynb #014b39de
-@patch
-def _repr_markdown_(self: RunRecord):
-    rows = [f"| {m.name} | {m} |" for m in self.measures]
-    verdicts = [f"**{c.id}** {c.verdict}" for c in self.claims]
-    counts = [f"{len(things)} {word}{'s'*(len(things) != 1)}" for things, word in ((self.measures, "measure"), (self.claims, "claim"))]
-    head = f"{self.chapter}, profile {self.profile}: {', '.join(counts)}"
-    return "\n".join([head, ""] + (["| measure | value |", "|---|---|", *rows, ""] if rows else []) + [" · ".join(verdicts)])
-
 # %% ../../nbs/0_lab/01_runs.ipynb #12f07971
 def home() -> Path:
     "The project's folder, or the current one where the library is used without the course."
