@@ -64,7 +64,7 @@ DOMAINS = {
 # %% ../../nbs/0_lab/02_microworld.ipynb #79b40439
 class World:
     "Everything that is true in the world of one seed: `facts[suite][entity][field]`."
-    def __init__(self, seed: int = 0, places: int = 150, terms: int = 48):
+    def __init__(self, seed: int = 0, places: int = 150, terms: int = 72):
         rng, self.seed = random.Random(f"world {seed}"), seed
         draw = lambda facts: {k: rng.choice(v) for k, v in facts.items()}
         self.facts = {"knowledge": {p: draw(PLACE_FACTS) for p in invent_names(places, seed + 100, ending="ham")}}
@@ -151,8 +151,8 @@ def ending_question(rng: random.Random, split: str, difficulty: int) -> dict:
     return _item("common_sense", frame.format(w=who, t=thing, e=event), answer, choices=choices, thing=thing, event=event)
 
 # %% ../../nbs/0_lab/02_microworld.ipynb #0a0e78a2
-_people = invent_names(90, seed=5)
-PEOPLE = {"train": _people[:60], "test": _people[60:]}
+_people = invent_names(1800, seed=5)    # too many to be single tokens: a model must spell them
+PEOPLE = {"train": _people[:1500], "test": _people[1500:]}
 
 # %% ../../nbs/0_lab/02_microworld.ipynb #4b5da81a
 def rule_split(x: str, y: str) -> str:

@@ -9,7 +9,7 @@ __all__ = ['SPECIAL_TOKENS', 'WORD_PATTERN', 'CHAT_TEMPLATE', 'check_matrix_weig
            'encode_prompts', 'left_pad', 'generate_batch', 'generate', 'checkpoint_is_complete', 'last_checkpoint',
            'row_hash', 'begin_or_resume', 'checkpoints_left', 'stop_at_nan', 'KeepWeightsFinite', 'check_rows',
            'stack_rows', 'has_fast_bfloat16', 'where_to_train', 'training_arguments', 'Progress', 'history_of',
-           'run_trainer', 'train']
+           'MuonAdamW', 'run_trainer', 'train']
 
 # %% ../../nbs/0_lab/04_models.ipynb #b95742c3
 import hashlib, json, os, shutil, tempfile, time
@@ -420,6 +420,30 @@ def history_of(
         learning_rate=[float(row["learning_rate"]) for row in rows],
         gradient_norm=[float(row.get("grad_norm", "nan")) for row in rows])
 
+# %% ../../nbs/0_lab/04_models.ipynb #7c2f9b31
+class MuonAdamW(torch.optim.Optimizer):
+    "Muon (Jordan et al. 2024) for the matrices inside the layers and AdamW for the rest: torch's own two behind one face."
+    def __init__(self,
+        model: PreTrainedModel,
+        learning_rate: float,         # of both; Muon's step is scaled to the size of AdamW's (Liu et al. 2025)
+        weight_decay: float = 0.1,    # of the matrices alone
+    ):
+        tables = {id(layer.weight) for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None}
+        weights = [w for w in model.parameters() if w.requires_grad]
+        matrices = [w for w in weights if w.ndim == 2 and id(w) not in tables]
+        self.parts = [torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+                      torch.optim.AdamW([w for w in weights if w.ndim != 2 or id(w) in tables], lr=learning_rate, betas=(.9, .95), weight_decay=0.)]
+        self.defaults = {}
+    param_groups = property(lambda self: [group for part in self.parts for group in part.param_groups])
+    state = property(lambda self: {weight: kept for part in self.parts for weight, kept in part.state.items()})
+    def step(self, closure=None):
+        for part in self.parts: part.step()
+    def zero_grad(self, set_to_none: bool = True):
+        for part in self.parts: part.zero_grad(set_to_none)
+    def state_dict(self): return {str(i): part.state_dict() for i, part in enumerate(self.parts)}
+    def load_state_dict(self, state_dict: dict):
+        for i, part in enumerate(self.parts): part.load_state_dict(state_dict[str(i)])
+
 # %% ../../nbs/0_lab/04_models.ipynb #6c086e0c
 def run_trainer(
     trainer: Trainer,
@@ -460,7 +484,8 @@ def train(
     resume: bool = True,             # from the newest complete checkpoint in the folder
     precision: str = "auto",         # float32, bfloat16 (autocast), auto: bfloat16 where it is fast
     device: str = "auto",            # cpu, cuda, auto
-    torch_compile: bool = False,
+    torch_compile: bool = False,     # faster on a GPU and with a C++ compiler; rows of one length
+    optimizer: str = "adamw",        # or "muon": MuonAdamW
     progress: bool = True,
     trainer_class: type = Trainer,   # or a subclass
     arguments: dict | None = None,   # more fields of TrainingArguments
@@ -468,16 +493,18 @@ def train(
 ) -> dict:                           # step, loss, learning_rate, gradient_norm (lists); seconds, resumed_from
     "Train with transformers' Trainer, quietly, so that a killed run goes on where it was."
     check_rows(dataset, model.get_input_embeddings().num_embeddings)
+    if optimizer not in ("adamw", "muon"): raise ValueError(f"optimizer {optimizer!r}: use adamw or muon")
     device, precision = where_to_train(device, precision)
     with tempfile.TemporaryDirectory() as scratch:
         place, more = Path(folder or scratch), dict(dataloader_drop_last=len(dataset) >= batch_size)
         if folder is None: more["save_strategy"] = "no"
         settings = dict(steps=steps, batch_size=batch_size, accumulation=accumulation, learning_rate=learning_rate, warmup=warmup,
-            seed=seed, rows=len(dataset), first_row=row_hash(dataset[0]), weights=model.num_parameters(), trainer=trainer_class.__name__)
+            seed=seed, rows=len(dataset), first_row=row_hash(dataset[0]), weights=model.num_parameters(), trainer=trainer_class.__name__, optimizer=optimizer)
         settings |= {name: value for name, value in trainer_options.items() if isinstance(value, (int, float, str))}
         start = begin_or_resume(place, settings, resume)
         args = training_arguments(place, steps, batch_size, learning_rate, warmup, seed, save_steps, log_steps,
             accumulation, precision, device, torch_compile, **(more | (arguments or {})))
+        if optimizer == "muon": trainer_options["optimizers"] = (MuonAdamW(model.to(args.device), learning_rate), None)
         trainer = stop_at_nan(trainer_class)(model=model, args=args, train_dataset=dataset,
             data_collator=collate or stack_rows, callbacks=[KeepWeightsFinite()], **trainer_options)
         return run_trainer(trainer, start, progress)
