@@ -42,7 +42,8 @@ def test_a_killed_run_is_finished_by_the_next(smoke, tmp_path, shipped_models):
 TRAINING = """
 import json, sys, torch
 from pathlib import Path
-from distillbook.lab.models import tiny_qwen3, train, train_tokenizer
+from distillbook.lab.models import tiny_qwen3, train_tokenizer
+from distillbook.lab.training import train
 torch.set_num_threads(1)
 tokenizer = train_tokenizer(["a few words to learn pieces from, again and again"]*50, vocabulary_size=300)
 torch.manual_seed(0)

@@ -9,7 +9,8 @@ from distillbook.distill.logit_kd import DistillTrainer, TeacherStates, distill,
 from distillbook.distill.losses import distill_loss
 from distillbook.lab.corpora import FixedChunks, load_corpus, tokenize_corpus
 from distillbook.lab.evaluate import perplexity
-from distillbook.lab.models import load_model, load_tokenizer, train, train_tokenizer
+from distillbook.lab.models import load_model, load_tokenizer, train_tokenizer
+from distillbook.lab.training import train
 
 TOKENIZER = train_tokenizer(["The quick brown fox returns the sum of two arrays, 12 and 345.\n" * 4], 300)
 SIZE = len(TOKENIZER)

@@ -5,8 +5,9 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from distillbook.lab.corpora import collate, pack
-from distillbook.lab.models import (SPECIAL_TOKENS, bytes_a_token, check_same_vocabulary, encode_prompts, generate, last_checkpoint,
-    load_model, load_tokenizer, model_place, small_student, stop_tokens, tiny_qwen3, train, train_tokenizer, vocabulary_hash)
+from distillbook.lab.models import (SPECIAL_TOKENS, bytes_a_token, check_same_vocabulary, encode_prompts, generate,
+    load_model, load_tokenizer, model_place, small_student, stop_tokens, tiny_qwen3, train_tokenizer, vocabulary_hash)
+from distillbook.lab.training import last_checkpoint, train
 
 TEXTS = ["The quick brown fox returns the sum of two arrays, 12 and 345.\n" * 4, "def area(width, height):\n    return width * height\n" * 4]
 TOKENIZER = train_tokenizer(TEXTS, 300)

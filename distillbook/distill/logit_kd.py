@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer
 from .losses import KINDS, count_tokens, distill_loss, fused_kd_loss
 from ..lab.exercises import Exercise
-from distillbook.lab.models import (check_same_vocabulary, last_checkpoint, load_model, load_tokenizer, model_place,
-    tiny_qwen3, train)
+from ..lab.models import check_same_vocabulary, load_model, load_tokenizer, model_place, tiny_qwen3
+from ..lab.training import last_checkpoint, train
 from ..lab.runs import atomic_write
 from ..lab.settings import autocast
 
