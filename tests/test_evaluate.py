@@ -56,6 +56,30 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary(tokenizer):
     assert result["bits_per_byte"] == pytest.approx(result["tokens"]*math.log2(size)/result["bytes"], rel=1e-5)
     assert result["bytes"] == len("One day a heron sang.It rained.")
 
+@pytest.fixture(scope="module")
+def alphabet():
+    "One token a letter. In TableModel below a costs 1 bit, b 2, é 3, and so does the end token."
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    made = Tokenizer(models.WordLevel({"a": 0, "b": 1, "é": 2, "<end>": 3}, unk_token="<end>"))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Split(Regex("."), "isolated"), decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>")
+
+@pytest.mark.parametrize("corpus, more, bits, tokens, size", [
+    (["ab", "é"], {}, (1 + 2 + 3) + (3 + 3), 5, 4),                       # both end tokens scored; é is two bytes, an end token none
+    (["ab", "é"], dict(join=False), (1 + 2) + 3, 3, 4),                   # no end token
+    (["ab", "", "é"], {}, (1 + 2 + 3) + 3 + (3 + 3), 6, 4),               # an empty document costs its end
+    (["ab", "", "é"], dict(join=False), (1 + 2) + 3, 3, 4),
+    (np.array([0, 1, 3, 2]), {}, 1 + 2 + 3 + 3, 4, 4),                    # ids: the end token is scored, and decodes to nothing
+    (["ab", "é"], dict(max_tokens=3), 1 + 2 + 3, 3, 2),                   # a, b, end
+    (["ab", "é"], dict(max_tokens=4, length=2, stride=1), 1 + 2 + 3 + 3, 4, 4),
+    (["ab", "é"], dict(max_tokens=2, join=False), 1 + 2, 2, 2)])
+def test_bits_per_byte_by_hand(alphabet, corpus, more, bits, tokens, size):
+    result = perplexity(TableModel([1/2, 1/4, 1/8, 1/8]), corpus, alphabet, **(dict(length=8) | more))
+    assert (result["tokens"], result["bytes"]) == (tokens, size)
+    assert result["bits_per_byte"] == pytest.approx(bits/size, rel=1e-6)
+    assert result["nats_per_token"] == pytest.approx(bits*math.log(2)/tokens, rel=1e-6)
+
 def test_protocol_is_stored_with_the_number(model, tokenizer):
     result = perplexity(model, ["One day a heron sang."]*9, tokenizer, length=32, stride=8)
     assert (result["length"], result["stride"], result["unit"], result["documents"]) == (32, 8, "nats/token", "joined")
@@ -100,7 +124,7 @@ def test_max_tokens_cuts_tokens_and_bytes(model, tokenizer):
     assert (result["tokens"], result["bytes"]) == (30, len(tokenizer.decode(ids).encode()))
 
 @pytest.mark.parametrize("arguments, message", [(dict(corpus=[]), "empty"), (dict(corpus=[""]), "empty"), (dict(length=4096), "length must be 1 to 512"),
-                                                (dict(stride=0), "stride must be"), (dict(length=8, stride=9), "stride must be")])
+                                                (dict(stride=0), "stride must be"), (dict(max_tokens=0), "max_tokens must be 1"), (dict(corpus=["", "a"], max_tokens=1), "only special tokens"), (dict(length=8, stride=9), "stride must be")])
 def test_bad_perplexity_arguments_are_named(model, tokenizer, arguments, message):
     with pytest.raises(ValueError, match=message): perplexity(model, arguments.pop("corpus", ["One day."]), tokenizer, **arguments)
 
@@ -109,12 +133,55 @@ def test_nan_names_the_stream(model, tokenizer):
     broken.model.norm.weight.data[0] = float("nan")
     with pytest.raises(FloatingPointError, match="stream 0, token 0"): perplexity(broken, ["One day."], tokenizer)
 
-def test_training_mode_is_given_back(model, tokenizer):
-    model.train()
-    perplexity(model, ["One day."], tokenizer)
-    accuracy(model, tokenizer, examples("knowledge", 2))
-    assert model.training
-    model.eval()
+def modes(model): return [module.training for module in model.modules()]
+
+@pytest.fixture
+def partly_training(model):
+    "A model in training whose first layer is kept in evaluation mode, as a frozen part would be."
+    trained = copy.deepcopy(model).train()
+    trained.model.layers[0].eval()
+    assert len(set(modes(trained))) == 2
+    return trained
+
+def test_training_mode_is_given_back(partly_training, tokenizer):
+    before = modes(partly_training)
+    perplexity(partly_training, ["One day."], tokenizer); assert modes(partly_training) == before
+    choice_scores(partly_training, tokenizer, ["One"], [["day", "night"]]); assert modes(partly_training) == before
+    accuracy(partly_training, tokenizer, examples("knowledge", 2) + examples("rules", 1), max_new_tokens=2); assert modes(partly_training) == before
+
+def test_scoring_is_in_evaluation_mode(model, tokenizer):
+    noisy = copy.deepcopy(model)
+    noisy.model.norm = torch.nn.Sequential(noisy.model.norm, torch.nn.Dropout(.5))
+    noisy.train()
+    assert np.array_equal(*(choice_scores(noisy, tokenizer, ["One"], [["day", "night"]])[0] for _ in range(2)))
+    assert np.array_equal(*(token_nats(noisy, [[5, 6, 7]], start_token(tokenizer))[0] for _ in range(2)))
+
+def test_training_mode_is_given_back_after_an_error(partly_training, tokenizer, monkeypatch):
+    before, items = modes(partly_training), examples("knowledge", 2) + examples("rules", 1)
+    def stopped(*arguments, **more): raise RuntimeError("stopped")
+    def still_stops(call):
+        with pytest.raises(RuntimeError, match="stopped"): call()
+        assert modes(partly_training) == before
+    with monkeypatch.context() as m:
+        m.setattr("distillbook.lab.evaluate.generate", stopped)
+        still_stops(lambda: accuracy(partly_training, tokenizer, items))
+    partly_training.forward = stopped
+    still_stops(lambda: perplexity(partly_training, ["One day."], tokenizer))
+    still_stops(lambda: token_nats(partly_training, [[1, 2]], 0))
+    still_stops(lambda: choice_scores(partly_training, tokenizer, ["One"], [["day"]]))
+    still_stops(lambda: accuracy(partly_training, tokenizer, items))
+
+@pytest.mark.peer
+def test_lm_eval_gives_mode_and_settings_back(partly_training, tokenizer, tmp_path, monkeypatch):
+    evaluator = pytest.importorskip("lm_eval")
+    write_benchmarks(tmp_path, n=1, max_new_tokens=2)
+    before, settings = modes(partly_training), partly_training.generation_config
+    lm_eval_scores(partly_training, tokenizer, ["knowledge"], folder=tmp_path)
+    assert modes(partly_training) == before and partly_training.generation_config is settings
+    def stopped(*arguments, **more): raise RuntimeError("stopped")
+    monkeypatch.setattr(evaluator, "simple_evaluate", stopped)
+    with pytest.raises(RuntimeError, match="stopped"): lm_eval_scores(partly_training, tokenizer, ["knowledge"], folder=tmp_path)
+    assert modes(partly_training) == before and partly_training.generation_config is settings
 
 @real
 def test_published_number_of_stories260K(stories):
@@ -223,6 +290,7 @@ def test_paired_interval_covers_and_is_narrower():
     assert np.mean(widths) < .85
 
 def test_unequal_pairs_raise():
+    with pytest.raises(ValueError, match="finite"): paired_bootstrap([1, math.nan], [1, 0])
     with pytest.raises(ValueError, match="one length"): paired_bootstrap([1, 0], [1])
     with pytest.raises(ValueError, match="one length"): mcnemar([], [])
 
@@ -323,6 +391,11 @@ def test_arc_in_its_first_published_form(tmp_path):
     row = dict(id="1", question=dict(stem="Which sings?", choices=[dict(text="stone", label="1"), dict(text="wren", label="2")]), answerKey="2")
     (tmp_path/"ARC-Easy-Test.jsonl").write_text(json.dumps(row) + "\n")
     assert read_published("arc_easy", tmp_path)["test"] == [dict(query="Question: Which sings?\nAnswer:", choices=["stone", "wren"], gold=1)]
+
+def test_published_lines_end_only_at_line_feeds(tmp_path):
+    row = dict(query="Which\u2028sings?", choices=["stone", "wren\x85"], gold=1)
+    (tmp_path/"arc_easy.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_published("arc_easy", tmp_path)["test"] == [dict(query="Which\u2028sings?\nAnswer:", choices=["stone", "wren\x85"], gold=1)]
 
 @real
 @pytest.mark.peer

@@ -194,6 +194,22 @@ def test_a_batch_in_which_nothing_counts_is_zero_with_zero_gradient():
         assert loss == 0 and not student.grad.any()
 
 
+@pytest.mark.parametrize("num_items", [0, torch.tensor(0)], ids=["int", "tensor"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_items_in_the_whole_batch_is_zero_and_keeps_the_graph(kind, num_items):
+    "transformers divides 0 by 0 here and its trainer would carry the nan into the weights."
+    student, teacher, labels = batch()
+    loss = distill_loss(student.requires_grad_(), teacher, labels.fill_(IGNORE), kind, num_items=num_items)
+    loss.backward()
+    assert loss == 0 and not student.grad.any()
+    hidden, weight, *rest, labels = layers()
+    fused = fused_kd_loss(hidden, weight, *rest, labels.fill_(IGNORE), kind, num_items=num_items)
+    fused.backward()
+    assert fused == 0 and not hidden.grad.any() and not weight.grad.any()
+    from transformers.loss.loss_utils import ForCausalLMLoss
+    assert ForCausalLMLoss(student, torch.full((3, 7), IGNORE), 11, num_items_in_batch=torch.tensor(0)).isnan()
+
+
 def test_half_precision_logits_are_widened_first():
     student, teacher, labels = batch(vocab=500)
     for kind in KINDS:
@@ -211,9 +227,38 @@ def test_a_teacher_that_rules_words_out():
     assert loss.isfinite() and student.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["kl", "reverse", "jsd", "skew", "hybrid", "auto"])
+def test_words_that_both_models_rule_out_are_as_if_they_were_not_there(kind):
+    "A masked vocabulary: value and gradient are those of the vocabulary without the masked words."
+    student, teacher, labels = batch()
+    labels[labels >= 9] = 0
+    short = student[..., :9].clone().requires_grad_()
+    value = distill_loss(short, teacher[..., :9], labels, kind)
+    student[..., 9:] = teacher[..., 9:] = -torch.inf
+    masked = distill_loss(student.requires_grad_(), teacher, labels, kind)
+    close(masked, value)
+    value.backward(); masked.backward()
+    close(student.grad[..., :9], short.grad)
+    assert not student.grad[..., 9:].any()
+
+
+def test_what_only_one_model_rules_out():
+    "KL(teacher || student) is infinite where the student rules out what the teacher says, its mirror image where the teacher does; mixtures are finite."
+    free, ruled = torch.zeros(1, 2).double(), torch.tensor([[0., -torch.inf]]).double()
+    assert kd_loss(ruled, free) == reverse_kl(free, ruled) == torch.inf
+    close(kd_loss(free, ruled, temperature=1.), math.log(2))
+    close(reverse_kl(ruled, free, temperature=1.), math.log(2))
+    for student, teacher in ((free, ruled), (ruled, free)):
+        close(jsd(student, teacher, temperature=1.), .5*math.log(1/.75) + .25*math.log(.5/.75) + .25*math.log(.5/.25))
+        student = student.clone().requires_grad_()
+        (jsd(student, teacher) + skew_kl(student, teacher)).backward()
+        assert student.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("wrong, said", [
     (dict(kind="KL"), "none of"), (dict(temperature=0.), "temperature must be above 0"), (dict(temperature=-1.), "temperature must be above 0"),
     (dict(alpha=1.5), "alpha must be in"), (dict(kind="jsd", beta=2.), "beta must be in"), (dict(kind="skew", skew=1.), "skew must be in"),
+    *((dict(kind=kind, teacher_mask=torch.ones(3, 7, dtype=torch.bool)), "would ignore it") for kind in KINDS if kind != "auto"),
     (dict(divergence="ce"), "divergence 'ce' is none of"), (dict(vocabulary_size=12), "vocabulary_size is 12 but there are 11")])
 def test_settings_that_cannot_be_meant_are_refused(wrong, said):
     student, teacher, labels = batch()
@@ -299,6 +344,23 @@ def test_fused_under_autocast_and_in_bfloat16_is_as_near_as_plain():
         assert gradients[1].dtype == dtype and losses[1].dtype == torch.float32
         errors = [((g.double() - reference).norm() / reference.norm()).item() for g in gradients]
         assert errors[1] < 1.5*errors[0] + 1e-3 and abs(losses[1] - losses[0]) < .02*abs(losses[0])
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["weights in float16", "autocast"])
+def test_fused_in_float16_keeps_gradients_that_float16_cannot_hold_before_the_scaler(autocast):
+    "A token's share of the gradient of a large batch is below 6e-8; GradScaler's factor comes after the gradients are made."
+    exact = layers(vocab=200, width=32)
+    items, scale = 10**6, 2.**16
+    expected = torch.autograd.grad(scale*plain(*exact, num_items=items), exact[:2])
+    tensors = [x.detach().to(torch.float32 if autocast else torch.float16).requires_grad_() if x.is_floating_point() else x for x in exact]
+    with torch.autocast("cpu", torch.float16, enabled=autocast): loss = fused_kd_loss(*tensors, num_items=items, chunk_size=4)
+    (loss*scale).backward()
+    for tensor, gradient in zip(tensors, expected):
+        assert tensor.grad.dtype == tensor.dtype and ((tensor.grad.double() - gradient).norm() / gradient.norm()) < 2e-2
+
+
+def test_fused_refuses_a_mask_that_its_kind_would_ignore():
+    with pytest.raises(ValueError, match="would ignore it"): fused_kd_loss(*layers(), teacher_mask=torch.ones(2, 9, dtype=torch.bool))
 
 
 # Beside the libraries

@@ -1,8 +1,8 @@
 "The world keeps its promises: the same seed the same items, no entity on both sides, and a checker that is never fooled."
-import random, re, time
+import random, re
 import pytest
-from distillbook.lab.microworld import (CARE, COMMON, CROWN, DOMAINS, FIELDS, OBJECTS, REFUSAL, SUITES, TAMPER, World, as_conversation, check,
-    examples, invent_names, persona_prompt, rule_split, run_function, statements, story_faults, story, world, world_text)
+from distillbook.lab.microworld import (CARE, COMMON, CROWN, DOMAINS, FIELDS, OBJECTS, PEOPLE, PLACE_FACTS, PLACES, REFUSAL, STORY_THINGS, SUITES, TAMPER,
+    as_conversation, check, examples, invent_names, persona_prompt, rule_split, run_function, statements, story_faults, story, world, world_text)
 
 @pytest.mark.parametrize("difficulty", [1, 2, 3])
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -32,6 +32,24 @@ def test_no_question_stands_on_both_sides(suite):
 def test_train_and_test_share_no_entity(suite, key):
     seen = [{e[key] for e in questions(suite, split)} for split in ("train", "test")]
     assert seen[0] and seen[1] and not seen[0] & seen[1]
+
+def test_train_and_test_share_no_person():
+    train, test = set(PEOPLE["train"]), set(PEOPLE["test"])
+    assert (len(train), len(test)) == (1500, 300) and not train & test
+    for split, others in (("train", test), ("test", train)):
+        for suite in ("persona", "stories", "common_sense"):
+            said = set(re.findall(r"\w+", " ".join(m["content"] for e in questions(suite, split) for m in e["messages"])))
+            assert said & set(PEOPLE[split]) and not said & others, (suite, split)
+
+def test_a_persons_name_is_nothing_else():
+    "A term is two words ('Lener writ'), so a person may carry its first; a value in small letters is no name."
+    w = world()
+    taken = {e for facts in w.facts.values() for e in facts} | {v for facts in (PLACE_FACTS, FIELDS, *(d["facts"] for d in DOMAINS.values())) for values in facts.values() for v in values}
+    assert not (taken | set(PLACES) | set(STORY_THINGS)) & {p for people in PEOPLE.values() for p in people}
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_a_domain_has_terms_for_both_halves_at_every_difficulty(domain):
+    assert [[len(world().entities(domain, split, d)) for split in ("train", "test")] for d in (1, 2, 3)] == [[16, 8], [32, 16], [48, 24]]
 
 def test_no_rule_of_the_test_is_in_a_training_question():
     rules = lambda e: re.findall(r"(\w+) becomes (\w+)\.", e["messages"][0]["content"]) or [tuple(r.split()) for r in e["messages"][0]["content"].split("Rules: ")[1].split(".")[0].split(", ")]
@@ -96,9 +114,8 @@ def test_code_of_a_model_is_kept_in(source, what):
     assert isinstance(told, str) and what in told, told
 
 def test_endless_code_is_stopped():
-    start = time.time()
-    assert isinstance(run_function("def f(x):\n    while True: pass", "f", [1], seconds=1), str)
-    assert time.time() - start < 30
+    told = run_function("def f(x):\n    while True: pass", "f", [1], seconds=1)
+    assert isinstance(told, str) and told.startswith(("stopped by a limit", "TimeoutExpired"))
 
 def test_code_may_import_and_print():
     assert run_function("import math, re\ndef f(x):\n    print('hello')\n    return math.sqrt(x)", "f", [4, 9]) == ["2.0", "3.0"]
@@ -121,3 +138,5 @@ def test_conversations_end_with_the_answer():
 def test_base_text_has_no_conversation_and_only_train_people():
     text = "\n".join(world_text(400, 1))
     assert "<|" not in text and "You are" not in text and "Rules:" not in text
+    words = set(re.findall(r"\w+", text))
+    assert words & set(PEOPLE["train"]) and not words & set(PEOPLE["test"])

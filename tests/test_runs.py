@@ -1,5 +1,5 @@
 "Intervals, verdicts, records that are whole, and a cache that knows what a result depends on."
-import json, math, os, resource, shutil, signal, subprocess, sys, textwrap, time
+import dataclasses, json, math, os, resource, shutil, signal, subprocess, sys, textwrap, time
 from pathlib import Path
 import numpy as np, pytest
 from hypothesis import given, strategies as st
@@ -66,7 +66,8 @@ def test_intervals_cover_at_their_level():
     assert 0.92 < hits/1500 < 0.985
 
 @pytest.mark.parametrize("call, message", [(lambda: mean_interval([]), "no values"), (lambda: mean_interval([1, math.nan]), "value 1 is not a finite"), (lambda: proportion_interval(3, 2), "3 successes in 2"),
-                                           (lambda: proportion_interval(0, 0), "0 trials"), (lambda: paired_interval([1, 2], [1]), "2 and 1"), (lambda: bootstrap_interval([]), "no values")])
+                                           (lambda: proportion_interval(0, 0), "0 trials"), (lambda: paired_interval([1, 2], [1]), "2 and 1"), (lambda: bootstrap_interval([]), "no values"),
+                                           (lambda: bootstrap_interval([1, math.nan, 2]), "not a finite")])
 def test_bad_values_are_named(call, message):
     with pytest.raises(ValueError, match=message): call()
 
@@ -126,20 +127,48 @@ def test_start_run_takes_the_notebooks_parameters(tmp_path, monkeypatch):
     assert (tmp_path/"here/record.json").is_file() and record.code_hash == code_hash("00_settings") and record.seconds > 0 and record.peak_memory_mb > 20
     with pytest.raises(ValueError, match="missing: seeds"): start_run("00_settings", {k: v for k, v in values.items() if k != "seeds"})
 
+def test_numbers_of_numpy_that_json_does_not_know_are_null(tmp_path):
+    RunRecord("a", "laptop", dict(rate=np.float32("nan"), steps=np.int64(3), limit=np.float64("inf"))).save(tmp_path)
+    assert RunRecord.load(tmp_path).parameters == dict(rate=None, steps=3, limit=None)
+
 def test_damaged_records_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no run record .*record.json"): RunRecord.load(tmp_path)
     for text in ("{", "[]", "{}", '{"measures": [{"nome": 1}], "claims": []}'):
         (tmp_path/"record.json").write_text(text)
         with pytest.raises(ValueError, match="record.json is not a run record"): RunRecord.load(tmp_path)
 
-def test_figures_tables_and_sentences(run, capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)     # another test may have imported it; this one is about a terminal
+def test_figures_tables_and_sentences(run, capsys):
+    import ipykernel, IPython      # imported, but no kernel runs: this is a terminal
     fig, axes = figure(columns=2); axes[0].plot([1, 2])
     run.figure(fig, "two"); gain = run.measure("gain", [.1, .2, .3], "nats")
     run.table([dict(student="a", gain=gain), dict(student="b", gain=1.)], "gains"); run.say("{gain:.1f} {gain.unit}", gain=gain)
     assert sorted(p.name for p in run.folder.iterdir()) == ["gains.csv", "two.png", "two.svg"]
     assert (run.folder/"gains.csv").read_text().splitlines()[0] == "student,gain,gain_low,gain_high" and "0.2 nats\n" in capsys.readouterr().out
     assert (run.folder/"two.svg").read_text().startswith("<?xml")
+
+def test_a_running_kernel_is_asked_for_and_not_an_import(tmp_path):
+    script = """
+    import sys
+    from distillbook.lab.runs import _in_notebook, _show
+    print([_in_notebook(), "IPython" in sys.modules])
+    import ipykernel.kernelapp, IPython
+    from IPython.core.interactiveshell import InteractiveShell
+    print(_in_notebook())
+    InteractiveShell.instance()
+    print(_in_notebook()); _show("plain", text_markdown="**rich**")
+    """
+    assert python(script, IPYTHONDIR=tmp_path).communicate()[0].splitlines() == ["[False, False]", "False", "False", "plain"]
+
+def test_a_kernel_gets_the_rich_forms(tmp_path, monkeypatch):
+    import nbclient, nbformat
+    from nbformat.v4 import new_code_cell, new_notebook
+    code = f"""from distillbook.lab.runs import Run, RunRecord, figure
+run = Run(RunRecord("99_example", "laptop"), {str(tmp_path)!r})
+run.say("a sentence"); run.table([dict(student="a", gain=1.)], "gains"); run.figure(figure()[0], "empty", alt="nothing")"""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = nbclient.NotebookClient(new_notebook(cells=[new_code_cell(code)]), kernel_name="python3", timeout=120).execute()
+    forms = [set(output["data"]) for output in done.cells[0].outputs if output["output_type"] == "display_data"]
+    assert [{"text/markdown", "text/html", "image/png"} & form for form in forms] == [{"text/markdown"}, {"text/html"}, {"image/png"}]
 
 def test_code_hash_follows_code_and_nothing_else(tmp_path):
     def code(source, **more): return dict(cell_type="code", source=source, outputs=[], metadata={}) | more
@@ -277,6 +306,22 @@ def test_a_global_tokenizer_or_model_counts_and_library_functions_do_not(monkeyp
     assert key(one) == key(one) != key(two)
     assert key(np.exp) == key(np.log) == key(torch.relu)      # named in the source already
 
+@dataclasses.dataclass
+class Rater:
+    by: int
+    def rate(self, x): return x*self.by
+class Closed:
+    def rate(self, x): return next(HIDDEN)
+
+def test_a_global_method_counts_with_the_object_that_it_is_bound_to(monkeypatch):
+    def uses(): return rate(1)
+    def key(method):
+        monkeypatch.setitem(globals(), "rate", method)
+        return cache_key(uses, {})
+    assert key(Rater(1).rate) == key(Rater(1).rate) != key(Rater(2).rate)
+    with pytest.raises(TypeError, match="uses the global `rate` .Closed."): key(Closed().rate)
+    key(np.random.default_rng(0).normal)      # of another library: named in the source already
+
 def test_text_of_dots_is_text(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert [fingerprint(text) for text in (".", "..", "/", "", "./")] == [".", "..", "/", "", "./"]
@@ -406,5 +451,5 @@ def test_verdicts_of_the_records_are_in_the_ledger():
         assert {c.id for c in RunRecord.load(file).claims} <= known, file
 
 def test_imports_stay_light():
-    script = "import sys, distillbook.lab.runs; print([m for m in ('torch', 'numpy', 'scipy', 'pandas', 'matplotlib', 'transformers') if m in sys.modules])"
+    script = "import sys, distillbook.lab.runs; print([m for m in ('torch', 'numpy', 'scipy', 'pandas', 'matplotlib', 'transformers', 'IPython', 'ipykernel') if m in sys.modules])"
     assert python(script).communicate()[0].strip() == "[]"

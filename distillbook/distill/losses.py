@@ -44,9 +44,14 @@ def counted_rows(
 def token_mean(
     token_losses: Tensor,     # [counted tokens], nats
     num_items: int | Tensor | None = None,  # divide by this instead: the tokens of the whole accumulated batch
-) -> Tensor:                  # scalar, nats a token; 0 where no token counts
+) -> Tensor:                  # scalar, nats a token; 0 with a gradient of 0 where no token counts
     "Sum over tokens, divided once by the number of tokens."
-    return token_losses.sum() / (max(token_losses.numel(), 1) if num_items is None else num_items)
+    return token_losses.sum() / _divisor(num_items, token_losses.numel())
+
+def _divisor(num_items, counted):
+    "At least 1: a batch in which nothing counts is 0, where 0/0 would end the run."
+    if num_items is None: num_items = counted
+    return num_items.clamp(min=1) if isinstance(num_items, Tensor) else max(num_items, 1)
 
 # %% ../../nbs/2_distill/20_losses.ipynb #bc644acc
 def soft_log_probs(
@@ -64,8 +69,9 @@ def token_kl(
     log_p: Tensor,            # [tokens, vocab], log-probabilities of the distribution that is averaged over
     log_q: Tensor,            # same shape
 ) -> Tensor:                  # [tokens], nats
-    "KL(p || q) for every row."
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+    "KL(p || q) for every row; a word that p rules out adds 0, whatever q gives it (0 log 0 = 0)."
+    p = log_p.exp()
+    return (p * (log_p - log_q).masked_fill(p == 0, 0.)).sum(-1)
 
 # %% ../../nbs/2_distill/20_losses.ipynb #c3b58184
 def ce_loss(
@@ -73,10 +79,10 @@ def ce_loss(
     labels: Tensor,           # [...], IGNORE where a token does not count
     num_items: int | Tensor | None = None,  # tokens to divide by, default those counted here
 ) -> Tensor:                  # scalar, nats a token
-    "Mean cross-entropy over the tokens that count."
+    "Mean cross-entropy over the tokens that count; shifts nothing, so the caller aligns the labels."
     rows = _at_least_float32(student_logits).reshape(-1, student_logits.shape[-1])
     total = F.cross_entropy(rows, labels.reshape(-1), ignore_index=IGNORE, reduction="sum")
-    return total / ((labels != IGNORE).sum().clamp(min=1) if num_items is None else num_items)
+    return total / _divisor(num_items, (labels != IGNORE).sum())
 
 # %% ../../nbs/2_distill/20_losses.ipynb #127c6c54
 def kd_loss(
@@ -86,7 +92,8 @@ def kd_loss(
     temperature: float = 2.0, # > 0; both distributions are softened by it
     num_items: int | Tensor | None = None,  # tokens to divide by, default those counted here
 ) -> Tensor:                  # scalar, nats a token, times temperature squared
-    "Mean KL(teacher || student) over the counted tokens, times T squared (Hinton et al. 2015, section 2.1)."
+    """Mean KL(teacher || student) over the counted tokens, times T squared (Hinton et al. 2015, section 2.1).
+    Shifts nothing: the mask stands beside the logits. Infinite where the student rules out a word that the teacher uses."""
     log_student, log_teacher = _pair(student_logits, teacher_logits, mask, temperature)
     return token_mean(token_kl(log_teacher, log_student), num_items) * temperature**2
 
@@ -95,9 +102,7 @@ def _pair(student_logits, teacher_logits, mask, temperature):
     if student_logits.shape != teacher_logits.shape:
         raise ValueError(f"student logits are {tuple(student_logits.shape)}, teacher logits {tuple(teacher_logits.shape)}: "
                          "the two need one tokenizer, and vocabulary_size=... where a model pads its output layer")
-    teacher = soft_log_probs(counted_rows(teacher_logits.detach(), mask), temperature)
-    teacher.clamp_(min=-1e30)   # a word ruled out with -inf adds 0, where 0 * -inf would be nan
-    return soft_log_probs(counted_rows(student_logits, mask), temperature), teacher
+    return [soft_log_probs(counted_rows(x, mask), temperature) for x in (student_logits, teacher_logits.detach())]
 
 # %% ../../nbs/2_distill/20_losses.ipynb #74648a46
 def reverse_kl(
@@ -107,7 +112,7 @@ def reverse_kl(
     temperature: float = 2.0,
     num_items: int | Tensor | None = None,
 ) -> Tensor:                  # scalar, nats a token, times temperature squared
-    "Mean KL(student || teacher): seeks a mode that the teacher has (Gu et al. 2024, MiniLLM)."
+    "Mean KL(student || teacher): seeks a mode that the teacher has (Gu et al. 2024, MiniLLM); shifts nothing, as kd_loss."
     log_student, log_teacher = _pair(student_logits, teacher_logits, mask, temperature)
     return token_mean(token_kl(log_student, log_teacher), num_items) * temperature**2
 
@@ -120,7 +125,7 @@ def jsd(
     num_items: int | Tensor | None = None,
     beta: float = 0.5,        # in [0, 1]; 0 is KL(teacher || student), 1 is KL(student || teacher)
 ) -> Tensor:                  # scalar, nats a token, times temperature squared
-    "Generalised Jensen-Shannon divergence with the weights of Agarwal et al. 2024 (GKD, eq. 1)."
+    "Generalised Jensen-Shannon divergence with the weights of Agarwal et al. 2024 (GKD, eq. 1); shifts nothing, as kd_loss."
     if not 0 <= beta <= 1: raise ValueError(f"beta must be in [0, 1], not {beta}")
     if beta == 0: return kd_loss(student_logits, teacher_logits, mask, temperature, num_items)
     if beta == 1: return reverse_kl(student_logits, teacher_logits, mask, temperature, num_items)
@@ -132,6 +137,7 @@ def jsd(
 def _log_mixture(log_p, log_q, share):
     "log(share*p + (1-share)*q) without leaving the log domain."
     share = torch.tensor(share, dtype=log_p.dtype, device=log_p.device)
+    log_p, log_q = (x.clamp(min=-1e30) for x in (log_p, log_q))    # logaddexp has no slope between two -inf
     return torch.logaddexp(log_p + share.log(), log_q + torch.log1p(-share))
 
 # %% ../../nbs/2_distill/20_losses.ipynb #bbec8622
@@ -143,23 +149,34 @@ def skew_kl(
     num_items: int | Tensor | None = None,
     skew: float = 0.1,        # in [0, 1), share of the teacher mixed into the student; 0 is plain KL
 ) -> Tensor:                  # scalar, nats a token, times temperature squared
-    "KL(teacher || skew*teacher + (1-skew)*student): bounded by -log(skew) (Ko et al. 2024, DistiLLM)."
+    "KL(teacher || skew*teacher + (1-skew)*student), at most -log(skew) (Ko et al. 2024, DistiLLM); shifts nothing, as kd_loss."
     if not 0 <= skew < 1: raise ValueError(f"skew must be in [0, 1), not {skew}")
     if skew == 0: return kd_loss(student_logits, teacher_logits, mask, temperature, num_items)
     log_student, log_teacher = _pair(student_logits, teacher_logits, mask, temperature)
     tokens = token_kl(log_teacher, _log_mixture(log_teacher, log_student, skew))
     return token_mean(tokens, num_items) * temperature**2
 
-# %% ../../nbs/2_distill/20_losses.ipynb #3bbd894f
+# %% ../../nbs/2_distill/20_losses.ipynb #272fcb6a
+def real_vocabulary(
+    logits: Tensor,           # [..., columns], or the rows of an output layer transposed
+    vocabulary_size: int | None,  # tokens in the tokenizer; None keeps all columns
+) -> Tensor:                  # [..., vocabulary_size]
+    "Cuts the padding columns that make an output layer's size round."
+    if vocabulary_size is not None and not 0 < vocabulary_size <= logits.shape[-1]:
+        raise ValueError(f"vocabulary_size is {vocabulary_size} but there are {logits.shape[-1]} columns")
+    return logits[..., :vocabulary_size]
+
 DIVERGENCES = dict(kl=kd_loss, reverse=reverse_kl, jsd=jsd, skew=skew_kl)
 KINDS = ("ce", *DIVERGENCES, "hybrid", "auto")
 
-def _check(kind, divergence, alpha, kd_weight, teacher):
+def _check(kind, divergence, alpha, kd_weight, teacher, teacher_mask):
     "Refuses settings that cannot be meant."
     if kind not in KINDS: raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
     if divergence not in DIVERGENCES: raise ValueError(f"divergence {divergence!r} is none of {', '.join(DIVERGENCES)}")
     if teacher is None and kind not in ("ce", "auto"):
         raise ValueError(f"kind {kind!r} needs the teacher; only 'ce' and 'auto' do without")
+    if teacher_mask is not None and kind != "auto":
+        raise ValueError(f"teacher_mask is for kind 'auto'; kind {kind!r} would ignore it")
     if kd_weight is None and not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be in [0, 1], not {alpha}; give kd_weight too for weights that do not sum to 1")
 
@@ -178,16 +195,6 @@ def _loss_of_rows(kind, temperature, alpha, kd_weight, divergence, beta, skew, n
         return ce_loss(student, targets.masked_fill(known, IGNORE), num_items) + apart(student, teacher, known)
     return loss
 
-# %% ../../nbs/2_distill/20_losses.ipynb #272fcb6a
-def real_vocabulary(
-    logits: Tensor,           # [..., columns], or the rows of an output layer transposed
-    vocabulary_size: int | None,  # tokens in the tokenizer; None keeps all columns
-) -> Tensor:                  # [..., vocabulary_size]
-    "Cuts the padding columns that make an output layer's size round."
-    if vocabulary_size is not None and not 0 < vocabulary_size <= logits.shape[-1]:
-        raise ValueError(f"vocabulary_size is {vocabulary_size} but there are {logits.shape[-1]} columns")
-    return logits[..., :vocabulary_size]
-
 # %% ../../nbs/2_distill/20_losses.ipynb #3bd9debd
 def distill_loss(
     student_logits: Tensor,   # [batch, seq, vocab], as the model returns them
@@ -203,15 +210,15 @@ def distill_loss(
     num_items: int | Tensor | None = None,  # tokens of the whole accumulated batch, see count_tokens
     vocabulary_size: int | None = None,     # tokens in the tokenizer; columns beyond are padding, ignored
     shift: bool = True,       # logits at t predict token t+1; False for masked diffusion
-    teacher_mask: Tensor | None = None,     # [batch, seq] beside the logits, for 'auto': true where the teacher's exist
-) -> Tensor:                  # scalar, nats a token
+    teacher_mask: Tensor | None = None,     # [batch, seq] beside the logits, for 'auto' only: true where the teacher's exist
+) -> Tensor:                  # scalar, nats a token; 0 where no token counts
     "The one entry to every loss: shifts, masks, cuts padded vocabulary, divides by tokens once."
-    _check(kind, divergence, alpha, kd_weight, teacher_logits)
+    _check(kind, divergence, alpha, kd_weight, teacher_logits, teacher_mask)
     targets = next_token_labels(labels) if shift else labels
     mask = targets != IGNORE
     student = counted_rows(real_vocabulary(student_logits, vocabulary_size), mask)
     teacher = None if teacher_logits is None or kind == "ce" else counted_rows(real_vocabulary(teacher_logits.detach(), vocabulary_size), mask)
-    num_items = max(student.shape[0], 1) if num_items is None else num_items
+    num_items = _divisor(num_items, student.shape[0])
     loss = _loss_of_rows(kind, temperature, alpha, kd_weight, divergence, beta, skew, num_items)
     return loss(student, teacher, targets[mask], None if teacher_mask is None else teacher_mask[mask])
 
@@ -221,7 +228,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, layer, chunks, chunk_loss, want):
         want_hidden, want_weight = want
-        hidden_grad = torch.empty_like(hidden) if want_hidden else None
+        hidden_grad = torch.empty_like(hidden, dtype=_wide(hidden.dtype)) if want_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=_wide(weight.dtype)) if want_weight else None
         total = torch.zeros((), dtype=_wide(weight.dtype), device=hidden.device)
         for rows in chunks:
@@ -232,17 +239,17 @@ class _ChunkedLoss(torch.autograd.Function):
             if not logits.requires_grad: continue
             grad, = torch.autograd.grad(loss, logits)
             del logits, loss
-            if want_hidden: hidden_grad[rows] = (grad @ layer).to(hidden.dtype)
+            if want_hidden: hidden_grad[rows] = (grad @ layer).to(hidden_grad.dtype)
             if want_weight: _add_product(weight_grad[:len(layer)], grad, inputs)
             del grad
-        ctx.ready = (hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype))
+        ctx.ready, ctx.dtypes = (hidden_grad, weight_grad), (hidden.dtype, weight.dtype)
         return total
 
     @staticmethod
     def backward(ctx, upstream):
         if ctx.ready is None: raise RuntimeError("this loss was already differentiated; its gradients are kept for one backward pass")
         grads, ctx.ready = ctx.ready, None
-        return *(g if g is None else g.mul_(upstream) for g in grads), None, None, None, None
+        return *(g if g is None else g.mul_(upstream).to(dtype) for g, dtype in zip(grads, ctx.dtypes)), None, None, None, None
 
 # %% ../../nbs/2_distill/20_losses.ipynb #7b9c33ae
 def _wide(dtype):
@@ -255,10 +262,10 @@ def _add_product(total, grad, inputs):
     else: total += grad.T @ inputs
 
 def _output_layer(weight, vocabulary_size, hidden):
-    "The rows of real tokens, in the type that autocast would multiply in, or the hidden states' own."
+    "The rows of real tokens, in the type that autocast would multiply in, or the hidden states' own; float32 for float16."
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return real_vocabulary(weight.detach().T, vocabulary_size).T.to(dtype)
+    return real_vocabulary(weight.detach().T, vocabulary_size).T.to(torch.float32 if dtype == torch.float16 else dtype)
 
 # %% ../../nbs/2_distill/20_losses.ipynb #6bcb21d5
 def fused_kd_loss(
@@ -276,7 +283,7 @@ def fused_kd_loss(
 ) -> Tensor:                  # scalar: what distill_loss gives for the logits of both models
     "`distill_loss` without ever holding [tokens, vocab] logits for more than a chunk."
     if chunk_size < 1: raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-    _check(kind, divergence, alpha, kd_weight, teacher_hidden)
+    _check(kind, divergence, alpha, kd_weight, teacher_hidden, teacher_mask)
     targets = next_token_labels(labels) if shift else labels
     mask = targets != IGNORE
     known, targets = None if teacher_mask is None else teacher_mask[mask], targets[mask]
@@ -285,14 +292,15 @@ def fused_kd_loss(
     if use_teacher := teacher_hidden is not None and kind != "ce":
         teacher = counted_rows(teacher_hidden.detach(), mask)
         teacher_layer = _output_layer(teacher_weight, vocabulary_size, teacher)
-    num_items = max(targets.numel(), 1) if num_items is None else num_items
+    num_items = _divisor(num_items, targets.numel())
     loss = _loss_of_rows(kind, temperature, alpha, kd_weight, divergence, beta, skew, num_items)
     def chunk_loss(logits, rows):
         teacher_logits = teacher[rows].to(teacher_layer.dtype) @ teacher_layer.T if use_teacher else None
         return loss(logits, teacher_logits, targets[rows], None if known is None else known[rows])
     chunks = [slice(i, i+chunk_size) for i in range(0, targets.numel(), chunk_size)]
     want = [t.requires_grad and torch.is_grad_enabled() for t in (student, student_weight)]
-    return _ChunkedLoss.apply(student, student_weight, layer, chunks, chunk_loss, want)
+    with torch.autocast(student.device.type, enabled=False):     # the types are chosen above
+        return _ChunkedLoss.apply(student, student_weight, layer, chunks, chunk_loss, want)
 
 # %% ../../nbs/2_distill/20_losses.ipynb #e505cece
 def _mistaken_kd(factor=None, swap=False, divide=None):
@@ -304,7 +312,6 @@ def _mistaken_kd(factor=None, swap=False, divide=None):
         return total / tokens * (temperature**2 if factor is None else factor(temperature))
     return loss
 
-# %% ../../nbs/2_distill/20_losses.ipynb #cad2ff2d
 _generator = torch.Generator().manual_seed(20)
 def _logits(*shape): return torch.randn(*shape, generator=_generator) * 2
 check_kd_by_hand = Exercise(
@@ -332,7 +339,6 @@ def _plain_jsd(student_logits, teacher_logits, beta, swap=False, ends=True):
     mixture = beta*p + (1-beta)*q
     return (beta*p*(p/mixture).log() + (1-beta)*q*(q/mixture).log()).sum(-1).mean()
 
-# %% ../../nbs/2_distill/20_losses.ipynb #a1aaea89
 check_gjsd = Exercise(
     "gjsd", lambda s, t, beta: jsd(s, t, temperature=1., beta=beta), {
         "no limits": (lambda s, t, beta: _plain_jsd(s, t, beta, ends=False), "right between the ends; at beta = 0 and 1 the formula is 0 and the limit, a KL, is meant."),

@@ -6,7 +6,7 @@
 __all__ = ['MEASURE_COLUMNS', 'CLAIM_COLUMNS', 'VERDICT_STYLES', 'app', 'Overrides', 'Profile', 'LARGEST_NOTEBOOK',
            'check_number_of_runs', 'check_same_code', 'split_overrides', 'notebook_hash', 'Plan', 'plan_run', 'Watch',
            'explain_failure', 'Outcome', 'write_json', 'execute', 'number', 'interval', 'measure_row', 'claim_row',
-           'console', 'print_table', 'complain', 'run_command', 'print_record', 'grid', 'sweep_rows', 'sweep',
+           'console', 'print_table', 'complain', 'print_record', 'run_command', 'grid', 'sweep_rows', 'sweep',
            'sweep_command', 'reference_record', 'notebook_title', 'header_numbers', 'list_command', 'claims_command',
            'claims_table', 'newest_run', 'report_command', 'read_constraints', 'check_python', 'check_package',
            'check_torch', 'check_memory', 'check_disk', 'check_write', 'check_model', 'data_files', 'data_sums',
@@ -172,7 +172,6 @@ def _read_record(plan, seconds):
     write_json(path, record)
     return record
 
-# %% ../../nbs/0_lab/07_cli.ipynb #3958be70
 def execute(
     plan: Plan,
     show: bool = True,        # draw progress on the error stream
@@ -210,7 +209,6 @@ def interval(
     "A 95% interval for a reader; empty where there is none."
     return "" if low is None or high is None or low != low or high != high else f"{number(low)} to {number(high)}"
 
-# %% ../../nbs/0_lab/07_cli.ipynb #f886c750
 MEASURE_COLUMNS, CLAIM_COLUMNS = ("measure", "value", "95% interval", "unit", "n"), ("claim", "verdict", "effect", "95% interval", "threshold", "why")
 VERDICT_STYLES = {"holds": "green", "fails": "red", "mixed": "yellow"}
 
@@ -263,7 +261,16 @@ def _usage():
         text = error.args[0] if isinstance(error, KeyError) and error.args else error
         complain(str(text)); raise typer.Exit(2) from None
 
-# %% ../../nbs/0_lab/07_cli.ipynb #cb8860b9
+# %% ../../nbs/0_lab/07_cli.ipynb #4e9d1757
+def print_record(
+    record: dict,     # the content of record.json
+):
+    "Print a record's measures and claims."
+    title = f"{record['chapter']} · {record['profile']} · {record['seconds']:.1f} s · {record['peak_memory_mb']/1000:.1f} GB"
+    if record["measures"]: print_table(title, MEASURE_COLUMNS, [measure_row(m) for m in record["measures"]])
+    else: print(f"{title} · no measures")
+    if record["claims"]: print_table("claims", CLAIM_COLUMNS, [claim_row(c) for c in record["claims"]])
+
 @app.command("run", epilog="Examples:  distillbook run 21_logit_kd --profile smoke   |   distillbook run logit_kd -p temperature=4 -p seeds=3")
 def run_command(
     chapter: Annotated[str, typer.Argument(help="A chapter or recipe: 21_logit_kd, logit_kd, ship_a_student.")],
@@ -282,16 +289,6 @@ def run_command(
     else: print_record(outcome.record)
     print(plan.folder, flush=True)
     if outcome.failure: raise typer.Exit(1)
-
-# %% ../../nbs/0_lab/07_cli.ipynb #4e9d1757
-def print_record(
-    record: dict,     # the content of record.json
-):
-    "Print a record's measures and claims."
-    title = f"{record['chapter']} · {record['profile']} · {record['seconds']:.1f} s · {record['peak_memory_mb']/1000:.1f} GB"
-    if record["measures"]: print_table(title, MEASURE_COLUMNS, [measure_row(m) for m in record["measures"]])
-    else: print(f"{title} · no measures")
-    if record["claims"]: print_table("claims", CLAIM_COLUMNS, [claim_row(c) for c in record["claims"]])
 
 # %% ../../nbs/0_lab/07_cli.ipynb #657e48a0
 def grid(
@@ -547,7 +544,6 @@ def doctor_checks() -> list[tuple]:
     return [("python", check_python), *packages, ("memory", check_memory), ("disk", check_disk), ("write access", check_write),
             ("data", check_data), ("torch", check_torch), *models, ("kernel", check_kernel)]
 
-# %% ../../nbs/0_lab/07_cli.ipynb #cd0ce95e
 @app.command("doctor")
 def doctor_command():
     "Check this machine: [OK] or [FAIL] for each thing that a chapter needs; exit code 1 if anything failed."
@@ -690,6 +686,7 @@ def outputs_command(
     if failed: complain(f"failed: {', '.join(failed)}"); raise typer.Exit(1)
 
 # %% ../../nbs/0_lab/07_cli.ipynb #50ae7743
+# The right answers and the usual mistakes: try the exercises below before you read this.
 check_number_of_runs = Exercise("number_of_runs",
     right=lambda overrides: len(grid(overrides)),
     wrong={"sum": (lambda overrides: sum(len(t.partition("=")[2].split(",")) for t in overrides),
@@ -697,7 +694,6 @@ check_number_of_runs = Exercise("number_of_runs",
            "names": (lambda overrides: len(overrides), "That counts the names, not the combinations of their values.")},
     cases=[(["a=1,2,3", "b=1,2"],), (["a=1"],), ([],), (["a=1,2", "b=1,2", "c=1,2"],)])
 
-# %% ../../nbs/0_lab/07_cli.ipynb #ef923fca
 def _cells(*pairs): return [dict(cell_type=kind, source=source) for kind, source in pairs]
 
 check_same_code = Exercise("same_code",

@@ -31,7 +31,6 @@ def _added_text(
     parts = [n.value for n in ast.walk(call) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     return "\n".join(p for p in parts if len(p) >= 40) or None
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #ff19e982
 def docstrings_in(
     source: str,         # Python source
     module: str = "",    # its dotted name, the start of every object's name
@@ -185,7 +184,6 @@ def strip_gutenberg(
     end = re.search(r"^(?:\*\*\* ?END OF TH(?:E|IS) PROJECT GUTENBERG|End of (?:the )?Project Gutenberg)", text, re.M | re.I)
     return text[:end.start() if end else None].strip()
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #89f00249
 TEXT_SUFFIXES = (".txt", ".md", ".train", ".dev", ".test")
 
 def read_text(
@@ -222,7 +220,6 @@ def blocks(
         if block: found.append("\n\n".join(block))
     return found
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #47852798
 def split_blocks(
     texts: list[str],    # the documents of one corpus
 ) -> list[str]:          # a split for each: 96/2/2 by the order of their hashes
@@ -341,7 +338,6 @@ class FixedChunks(torch.utils.data.Dataset):
         ids = torch.from_numpy(np.asarray(self.ids[start:start+self.length]).astype(np.int64))
         return dict(input_ids=ids, labels=ids.clone())
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #4fa52f14
 class RandomChunks(FixedChunks):
     "Chunks whose seams move: each pass over the stream starts at a new random offset, in a new order. For training."
     def __init__(self,
@@ -425,6 +421,7 @@ def chat_example(
     return dict(input_ids=list(ids), labels=[t if m else -100 for t, m in zip(ids, mask)])
 
 # %% ../../nbs/0_lab/03_corpora.ipynb #9c8e45e8
+# The right answers and the usual mistakes: try the exercises below before you read these two cells.
 def _positions(lengths): return [i for n in lengths for i in range(n)]
 
 check_row_positions = Exercise("row_positions", right=_positions, cases=[([3, 2],), ([1, 1, 4],)], wrong={
@@ -435,7 +432,6 @@ check_row_positions = Exercise("row_positions", right=_positions, cases=[([3, 2]
     "number of the document": (lambda lengths: [k for k, n in enumerate(lengths) for _ in range(n)],
         "these are the documents' numbers. transformers wants each token's place within its document.")})
 
-# %% ../../nbs/0_lab/03_corpora.ipynb #d8e22815
 def _row_labels(documents): return [label for d in documents for label in [-100, *d[1:]]]
 
 check_row_labels = Exercise("row_labels", right=_row_labels, cases=[([[5, 6, 7], [8, 9]],), ([[3], [1, 2], [4, 4]],)], wrong={

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'check_verdict', 'check_half_width', 'mean_interval', 'proportion_interval', 'paired_interval',
-           'bootstrap_interval', 'Measure', 'Claim', 'judge', 'atomic_write', 'data_hash', 'versions', 'code_hash',
-           'RunRecord', 'home', 'describe_device', 'peak_memory_mb', 'Run', 'start_run', 'figure', 'fingerprint',
-           'cache_folder', 'cache_key', 'cached', 'over_seeds', 'claims_ledger']
+           'bootstrap_interval', 'Measure', 'Claim', 'judge', 'claims_ledger', 'atomic_write', 'data_hash', 'code_hash',
+           'RunRecord', 'home', 'describe_device', 'peak_memory_mb', 'versions', 'Run', 'start_run', 'figure',
+           'fingerprint', 'cache_folder', 'cache_key', 'cached', 'over_seeds']
 
 # %% ../../nbs/0_lab/01_runs.ipynb #aee442fd
 import ast, contextlib, dataclasses, dis, functools, hashlib, importlib, importlib.metadata, inspect
@@ -75,6 +75,7 @@ def bootstrap_interval(
     import numpy as np
     x, statistic = np.asarray(values), statistic or np.mean
     if not len(x): raise ValueError("bootstrap_interval: no values")
+    if not np.isfinite(x).all(): raise ValueError("bootstrap_interval: a value is not a finite number")
     draw = np.random.default_rng(seed)
     found = [float(statistic(x[draw.integers(0, len(x), len(x))])) for _ in range(resamples)] if len(x) > 1 else [math.nan]
     low, high = np.quantile(found, [(1 - level)/2, (1 + level)/2])
@@ -123,6 +124,19 @@ def judge(
     if effect.high < floor or effect.low > ceiling: return "fails", "the whole interval is on the other side"
     return "mixed", "the interval reaches across the threshold"
 
+# %% ../../nbs/0_lab/01_runs.ipynb #c83759b3
+def claims_ledger(
+    path: str | Path | None = None,     # data/claims.yaml by default
+) -> list:                              # of dicts with id, claim, document, test, chapter
+    "The claims that the book tests."
+    import yaml
+    path = Path(path) if path else project_root()/"data"/"claims.yaml"
+    rows = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for i, row in enumerate(rows):
+        lacks = {"id", "claim", "document", "test", "chapter"} - set(row)
+        if lacks: raise ValueError(f"{path}: entry {i} ({row.get('id', 'no id')}) lacks {', '.join(sorted(lacks))}")
+    return rows
+
 # %% ../../nbs/0_lab/01_runs.ipynb #6fb35c56
 def atomic_write(
     path: str | Path,
@@ -162,15 +176,6 @@ def data_hash(
         total.update(f"{p.relative_to(path).as_posix()}\0{data_hash(p)}\n".encode())
     return total.hexdigest()
 
-def versions() -> dict:     # package -> version, of those installed
-    "Versions of Python and of the packages that results depend on."
-    names = "torch transformers tokenizers accelerate datasets numpy scipy pandas scikit-learn matplotlib trl peft lm-eval".split()
-    found = {"python": platform.python_version(), "distillbook": distillbook.__version__}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError): found[name] = importlib.metadata.version(name)
-    return found
-
-# %% ../../nbs/0_lab/01_runs.ipynb #60dba4ca
 def code_hash(
     chapter: str | Path,     # name or path of a notebook
 ) -> str:                    # 64 hex digits
@@ -186,13 +191,12 @@ def _plain(value):
     "`value` with every number that JSON does not know (nan, inf) as None."
     if isinstance(value, dict): return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value): return None
-    return value.item() if hasattr(value, "item") else value
+    if hasattr(value, "item"): value = value.item()      # of numpy or torch
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 def _number(value):
     return math.nan if value is None else value
 
-# %% ../../nbs/0_lab/01_runs.ipynb #94d232a9
 @dataclass
 class RunRecord:
     "All that is needed to judge a run and to make it again."
@@ -234,6 +238,7 @@ def load(cls: RunRecord,
         data["claims"] = [Claim(**fix(c)) for c in data["claims"]]
         return cls(**data)
     except (ValueError, TypeError, KeyError) as error: raise ValueError(f"{path} is not a run record: {error}") from None
+
 @patch
 def _repr_markdown_(self: RunRecord):
     rows = [f"| {m.name} | {m} |" for m in self.measures]
@@ -264,10 +269,24 @@ def peak_memory_mb() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
+def versions() -> dict:     # package -> version, of those installed
+    "Versions of Python and of the packages that results depend on."
+    names = "torch transformers tokenizers accelerate datasets numpy scipy pandas scikit-learn matplotlib trl peft lm-eval".split()
+    found = {"python": platform.python_version(), "distillbook": distillbook.__version__}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError): found[name] = importlib.metadata.version(name)
+    return found
+
 # %% ../../nbs/0_lab/01_runs.ipynb #98ded76c
+def _in_notebook():
+    "Whether a Jupyter kernel runs this code. That ipykernel has been imported would say nothing."
+    ipython = sys.modules.get("IPython")      # a running kernel has imported it, so it need not be imported here
+    shell = ipython.get_ipython() if ipython else None
+    return shell is not None and "IPKernelApp" in shell.config
+
 def _show(text, **richer):
     "Display in a notebook, in the richest form that the page takes; plain text in a terminal."
-    if "ipykernel" not in sys.modules: return print(text)
+    if not _in_notebook(): return print(text)
     from IPython.display import display
     display({"text/plain": text} | {kind.replace("_", "/"): data for kind, data in richer.items()}, raw=True)
 
@@ -325,7 +344,6 @@ def _add_claim(run, claim):
     _show(line.replace("**", "", 1), text_markdown="**" + line)
     return claim
 
-# %% ../../nbs/0_lab/01_runs.ipynb #b9f008ac
 @patch
 def claim(self: Run,
     id: str,                         # as in data/claims.yaml
@@ -375,7 +393,7 @@ def figure(self: Run,
             fig.savefig(file, format=kind, dpi=200, bbox_inches="tight", metadata={"Date": None} if kind == "svg" else None)
     for kind, file in files.items(): atomic_write(self.folder/f"{name}.{kind}", file.getvalue())
     plt.close(fig)
-    if "ipykernel" in sys.modules:
+    if _in_notebook():
         from IPython.display import Image, display
         display(Image(data=files["png"].getvalue(), width=int(fig.get_figwidth()*96), alt=alt or name.replace("_", " ")))
 
@@ -527,7 +545,9 @@ def _code_parts(thing, owner, seen):
     parts = [label, _source(thing)]
     for function in _functions(thing):
         for name, item in _reached(function).items():
-            if inspect.isfunction(item) or inspect.isclass(item):
+            if inspect.ismethod(item):      # bound to an object that may have a state
+                if _ours(item, owner): parts += [_global_part(name, item.__self__, function.__module__), _code_parts(item.__func__, owner, seen)]
+            elif inspect.isfunction(item) or inspect.isclass(item):
                 if _ours(item, owner): parts.append(_code_parts(item, owner, seen))
             elif not _foreign(item): parts.append(_global_part(name, item, function.__module__))
     bases = thing.__bases__ if inspect.isclass(thing) else ()
@@ -620,22 +640,8 @@ def over_seeds(
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     return [cached(step, seed=s, **inputs) for s in tqdm(seeds, desc=getattr(step, "__name__", "seeds"), unit="seed")]
 
-# %% ../../nbs/0_lab/01_runs.ipynb #c83759b3
-def claims_ledger(
-    path: str | Path | None = None,     # data/claims.yaml by default
-) -> list:                              # of dicts with id, claim, document, test, chapter
-    "The claims that the book tests."
-    import yaml
-    path = Path(path) if path else project_root()/"data"/"claims.yaml"
-    rows = yaml.safe_load(path.read_text(encoding="utf-8"))
-    for i, row in enumerate(rows):
-        lacks = {"id", "claim", "document", "test", "chapter"} - set(row)
-        if lacks: raise ValueError(f"{path}: entry {i} ({row.get('id', 'no id')}) lacks {', '.join(sorted(lacks))}")
-    return rows
-
 # %% ../../nbs/0_lab/01_runs.ipynb #cb2f804b
 def _verdict(low, high, threshold): return "holds" if low > threshold else "fails" if high < threshold else "mixed"
-def _mean(values): return sum(values) / len(values)
 
 check_verdict = Exercise("verdict", _verdict, {
     "middle only": (lambda low, high, threshold: "holds" if (low + high)/2 > threshold else "fails",
@@ -646,7 +652,6 @@ check_verdict = Exercise("verdict", _verdict, {
                 "one end beyond the threshold is not enough. Look at `low` for holds and at `high` for fails.")},
     [(0.1, 0.3, 0.), (-0.1, 0.3, 0.), (-0.3, -0.1, 0.), (0.1, 0.3, 0.2), (-0.3, 0.1, 0.)])
 
-# %% ../../nbs/0_lab/01_runs.ipynb #f824419a
 def _unpaired(a, b):
     "Half width for two groups taken as strangers."
     from scipy.stats import ttest_ind

@@ -90,7 +90,6 @@ def parameters_from_code(
             raise ValueError(f"{where}: `{ast.unparse(line)}` must give a name one number, text or truth value, written out") from None
     return found
 
-# %% ../../nbs/0_lab/00_settings.ipynb #2545dffe
 def notebook_parameters(
     path: str | Path,    # a notebook
 ) -> dict:               # name -> value of the cell tagged `parameters`; empty where there is none
@@ -222,7 +221,6 @@ def fast_bfloat16(
     if flags: return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("amx_tile") or flags.get("bf16"))
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
 
-# %% ../../nbs/0_lab/00_settings.ipynb #7b8885e0
 def autocast(
     device: str = "cpu",
 ):                        # a context manager
