@@ -2,10 +2,11 @@
 import copy, json, math, os, random, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Trainer
+from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM,
+    PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Trainer)
 from tokenizers import Tokenizer
 from conftest import ROOT, environment
-from distillbook.distill.logit_kd import DistillTrainer, TeacherStates, distill, last_hidden, output_weight, random_student
+from distillbook.distill.logit_kd import DistillTrainer, TeacherStates, distill, in_processes, last_hidden, model_fingerprint, output_weight, random_student
 from distillbook.distill.losses import distill_loss
 from distillbook.lab.corpora import FixedChunks, load_corpus, tokenize_corpus
 from distillbook.lab.evaluate import perplexity
@@ -62,6 +63,15 @@ def test_a_row_without_labels_changes_nothing():
     empty = dict(input_ids=[1, 2, 3], labels=[-100]*3)
     assert gap(gradient(1, 9, rows=RAGGED + [empty]), gradient(8, 1)) < 1e-4
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_batch_in_which_nothing_counts_does_not_end_the_run(fused):
+    "Trainer hands the loss a count of 0 there. The step changes nothing, and the next one goes on."
+    empty = [dict(input_ids=ids(9, n), labels=torch.full((9,), -100)) for n in range(4)]
+    assert not gradient(4, 1, rows=empty, fused=fused).any()
+    student = small()
+    history = distill(student, TEACHER, empty, None, 2, batch_size=2, precision="float32", progress=False, fused=fused, log_steps=1, **PAIR)
+    assert history["loss"] == [0, 0] and all(p.isfinite().all() for p in student.parameters())
+
 def test_cross_entropy_alone_is_transformers_trainer():
     one, other = small(), small()
     usual = dict(steps=4, batch_size=4, learning_rate=1e-2, precision="float32", progress=False)
@@ -106,10 +116,67 @@ def test_last_hidden_is_what_the_output_layer_receives(model):
     inputs = dict(input_ids=ids(20, 1)[None])
     with torch.no_grad(): assert torch.allclose(last_hidden(model, inputs) @ output_weight(model).T, model(**inputs).logits, atol=1e-5)
 
-def test_output_layers_that_do_more_are_refused():
-    model = small()
-    model.config.final_logit_softcapping = 30.
-    with pytest.raises(ValueError, match="final_logit_softcapping"): output_weight(model)
+class Warmed(Qwen3ForCausalLM):
+    "Scales its logits by a number that no config names."
+    def forward(self, input_ids=None, logits_to_keep=0, **options):
+        output = super().forward(input_ids=input_ids, logits_to_keep=logits_to_keep, **options)
+        output.logits = output.logits / 1.5
+        return output
+
+class Narrowed(Qwen3ForCausalLM):
+    "Does something between the last hidden state and the output layer."
+    def forward(self, input_ids=None, logits_to_keep=0, **options):
+        output = self.model(input_ids=input_ids, **options)
+        output.logits = self.lm_head(output.last_hidden_state * 0.5)
+        return output
+
+SIZES = dict(vocab_size=SIZE, hidden_size=32, num_hidden_layers=1, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2)
+MORE = {"a cap": (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=30.)), "a scale or a cap: 29.9"),
+        "a scale": (lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.0625)), "a scale or a cap: 6.25"),
+        "a divisor": (lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.)), "a scale or a cap: 12.5"),
+        "a bias": (lambda: PhiForCausalLM(PhiConfig(**SIZES)), "a bias"),
+        "a scale without a name": (lambda: Warmed(small().config), "a scale or a cap: 66.7"),
+        "before the layer": (lambda: Narrowed(small().config), "does not receive the last hidden states")}
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make, said", MORE.values(), ids=MORE)
+def test_output_layers_that_do_more_are_refused(make, said, dtype):
+    torch.manual_seed(0)
+    model = make().to(dtype)
+    if "bias" in said: torch.nn.init.ones_(model.lm_head.bias)
+    with pytest.raises(ValueError, match=said): output_weight(model)
+    with pytest.raises(ValueError, match=said): TeacherStates(EVEN, model)
+
+def test_a_plain_product_passes_in_any_type_and_mode():
+    "The model is left as it was: its mode, its hooks, its weights."
+    for dtype in (torch.float32, torch.bfloat16):
+        model = small().to(dtype).train()
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        assert output_weight(model) is model.lm_head.weight and model.training and not model.lm_head._forward_pre_hooks
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+def test_states_in_a_file_are_those_in_memory_and_the_teacher_is_asked_once(tmp_path, monkeypatch):
+    import distillbook.distill.logit_kd as module
+    asked, whole = [], module._ask
+    monkeypatch.setattr(module, "_ask", lambda *a: asked.append(1) or whole(*a))
+    memory, first, again = TeacherStates(EVEN, TEACHER, 3), TeacherStates(EVEN, TEACHER, 5, folder=tmp_path), TeacherStates(EVEN, TEACHER, folder=tmp_path)
+    assert len(asked) == 2 and torch.equal(memory.hidden, first.hidden) and torch.equal(first.hidden, again.hidden)
+    TeacherStates(EVEN[1:] + EVEN[:1], TEACHER, folder=tmp_path)
+    TeacherStates(EVEN, small(seed=8, width=48, layers=2), folder=tmp_path)
+    assert len(asked) == 4
+
+def test_states_of_one_teacher_are_not_read_with_the_output_layer_of_another():
+    states = TeacherStates(EVEN, TEACHER)
+    with pytest.raises(ValueError, match="the data hold the states of teacher"): distill(small(), small(seed=8, width=48), states, None, 1, **PAIR)
+
+def test_fingerprints_tell_models_apart(tmp_path):
+    assert model_fingerprint(None) is None
+    assert model_fingerprint(small()) == model_fingerprint(small()) != model_fingerprint(small(seed=1))
+    TEACHER.save_pretrained(tmp_path)
+    assert model_fingerprint(Qwen3ForCausalLM.from_pretrained(tmp_path)) == model_fingerprint(TEACHER)
+    changed = copy.deepcopy(TEACHER)
+    with torch.no_grad(): changed.model.layers[1].mlp.down_proj.weight.add_(1e-3)
+    assert model_fingerprint(changed) != model_fingerprint(TEACHER)
 
 def test_evaluation_is_plain_cross_entropy(tmp_path):
     student = small()
@@ -151,8 +218,16 @@ def test_a_loss_that_is_not_a_number_names_the_step():
 def test_checkpoints_of_another_loss_are_refused(tmp_path):
     usual = dict(data=EVEN, folder=tmp_path, steps=2, batch_size=4, progress=False, **PAIR)
     distill(small(), TEACHER, **usual)
-    with pytest.raises(ValueError, match="temperature"): distill(small(), TEACHER, temperature=3., **usual)
+    distill(small(), TEACHER, **usual)                                   # the same again only loads
+    with pytest.raises(ValueError, match="temperature was 2.0, is 3.0"): distill(small(), TEACHER, temperature=3., **usual)
+    with pytest.raises(ValueError, match="kind was hybrid, is kl"): distill(small(), TEACHER, kind="kl", **usual)
+    with pytest.raises(ValueError, match="reverse"): distill(small(), TEACHER, loss_options=dict(divergence="reverse"), **usual)
     distill(small(), TEACHER, temperature=3., resume=False, **usual)
+
+def test_checkpoints_of_another_teacher_are_refused(tmp_path):
+    usual = dict(data=EVEN, folder=tmp_path, steps=2, batch_size=4, progress=False, **PAIR)
+    distill(small(), TEACHER, **usual)
+    with pytest.raises(ValueError, match=f"{model_fingerprint(TEACHER)}.*another folder"): distill(small(), small(seed=8, width=48, layers=2), **usual)
 
 def test_a_random_student_takes_sizes_and_no_weights(tmp_path):
     TEACHER.save_pretrained(tmp_path)
@@ -160,7 +235,31 @@ def test_a_random_student_takes_sizes_and_no_weights(tmp_path):
     assert one.num_parameters() == TEACHER.num_parameters() and torch.equal(one.lm_head.weight, same.lm_head.weight)
     assert not torch.equal(one.lm_head.weight, other.lm_head.weight) and not torch.equal(one.lm_head.weight, TEACHER.lm_head.weight)
 
+def test_a_random_student_has_no_column_without_a_token(tmp_path):
+    "Such a column would get no gradient, and a perplexity over all columns would count it."
+    small(vocabulary=SIZE + 40).save_pretrained(tmp_path)
+    student = random_student(str(tmp_path), TOKENIZER)
+    assert student.config.vocab_size == len(student.lm_head.weight) == SIZE
+    small(vocabulary=SIZE - 1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"room for {SIZE - 1} tokens"): random_student(str(tmp_path), TOKENIZER)
+
 # processes
+
+def square(number, note, fail=False):
+    if fail: raise RuntimeError(f"no square of {number}")
+    return dict(square=number**2, process=os.getpid(), threads=torch.get_num_threads(), note=note)
+
+def test_calls_in_processes_come_back_in_order_and_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLBOOK_CACHE", str(tmp_path))
+    notebooks_own = dict(globals() | {"__name__": "__main__"})      # as a function of a notebook has it: by value, with no module to import
+    exec("def cube(number):\n    return dict(cube=number**OFFSET)\nOFFSET = 3", notebooks_own)
+    assert [r["cube"] for r in in_processes(notebooks_own["cube"], [dict(number=n) for n in (1, 2, 3)])] == [1, 8, 27]
+    first = in_processes(square, [dict(number=n) for n in range(5)], jobs=2, note="a")
+    assert [r["square"] for r in first] == [0, 1, 4, 9, 16] and {r["threads"] for r in first} == {1}
+    assert os.getpid() not in {r["process"] for r in first}
+    assert in_processes(square, [dict(number=n) for n in range(5)], jobs=1, note="b") == first        # the note is no part of the key
+    assert in_processes(square, [dict(number=9)], jobs=1, note="here")[0]["process"] == os.getpid()
+    with pytest.raises(RuntimeError, match="no square of 7"): in_processes(square, [dict(number=7, fail=True), dict(number=8)], note="a")
 
 CHILD = """
 import sys, torch
@@ -187,11 +286,13 @@ def test_a_killed_run_ends_with_the_weights_of_one_that_was_not(tmp_path):
     subprocess.run([sys.executable, child(tmp_path, "whole")], check=True, timeout=300, **quiet)
     script, kills, chance = child(tmp_path, "killed"), 0, random.Random(0)
     for wait in (0.0, 0.05, 0.15, 0.3, 0.02):
-        seen = len(list((tmp_path/"killed").glob("checkpoint-*")))
         process = subprocess.Popen([sys.executable, script], **quiet)
         newest = lambda: max([int(f.name[11:]) for f in (tmp_path/"killed").glob("checkpoint-*")], default=0)
         start = newest()
-        while process.poll() is None and newest() <= start: time.sleep(0.005)
+        deadline = time.monotonic() + 300
+        while process.poll() is None and newest() <= start:
+            if time.monotonic() > deadline: process.kill(); pytest.fail(f"no new checkpoint after {start} in 300 s: {process.communicate()[1][-2000:]}")
+            time.sleep(0.005)
         time.sleep(wait * chance.random())
         if process.poll() is None: process.send_signal(signal.SIGKILL); kills += 1
         process.wait(); process.stderr.close()

@@ -4,13 +4,17 @@
 
 # %% auto #0
 __all__ = ['check_tokens_to_divide_by', 'check_mixture', 'check_perplexity_ratio', 'random_student', 'last_hidden',
-           'output_weight', 'TeacherStates', 'check_pair', 'DistillTrainer', 'distill_step', 'teacher_hidden',
-           'teacher_logits', 'distill', 'same_loss']
+           'output_weight', 'model_fingerprint', 'TeacherStates', 'check_pair', 'DistillTrainer', 'distill_step',
+           'teacher_hidden', 'teacher_logits', 'keep_freed_memory', 'distill', 'in_processes']
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #af8ee65e
-import inspect, json, math
+import ctypes, hashlib, inspect, json, math, os, sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from pathlib import Path
 import torch
+from filelock import FileLock
+from joblib.externals.loky import get_reusable_executor
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -18,9 +22,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 from .losses import KINDS, count_tokens, distill_loss, fused_kd_loss
 from ..lab.exercises import Exercise
 from ..lab.models import check_same_vocabulary, load_model, load_tokenizer, model_place, tiny_qwen3
-from ..lab.training import last_checkpoint, train
-from ..lab.runs import atomic_write
+from ..lab.runs import cached
 from ..lab.settings import autocast
+from ..lab.training import row_hash, train
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #b36b7ebb
 def random_student(
@@ -29,12 +33,13 @@ def random_student(
     seed: int = 0,       # of the weights
     **sizes,             # of tiny_qwen3, where name is "tiny"
 ) -> PreTrainedModel:    # float32, random weights: nothing of another model is in it
-    "A student that has learnt nothing yet."
+    "A student that has learnt nothing yet, with one output column for each token of the tokenizer and none besides."
     torch.manual_seed(seed)
     if name == "tiny": return tiny_qwen3(tokenizer, **(dict(hidden_size=128, layers=2, intermediate_size=256, heads=4, kv_heads=2) | sizes))
     config = AutoConfig.from_pretrained(model_place(name), trust_remote_code=False)
-    if config.get_text_config().vocab_size < len(tokenizer):
-        raise ValueError(f"{name} has room for {config.get_text_config().vocab_size} tokens and the teacher's tokenizer has {len(tokenizer)}")
+    text = config.get_text_config()
+    if text.vocab_size < len(tokenizer): raise ValueError(f"{name} has room for {text.vocab_size} tokens and the teacher's tokenizer has {len(tokenizer)}")
+    text.vocab_size = len(tokenizer)      # a column without a token would learn nothing and still take its share of every probability
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #32db3c68
@@ -49,14 +54,42 @@ def last_hidden(
 def output_weight(
     model: PreTrainedModel,   # not wrapped
 ) -> Tensor:                  # [vocab, width]
-    "The weight of the output layer. Raises where the layer does more than multiply by it."
-    layer, config, name = model.get_output_embeddings(), model.config.get_text_config(), type(model).__name__
+    "The weight of the output layer. Raises where four tokens show that the logits are more than its product with the last hidden states."
+    layer, name = model.get_output_embeddings(), type(model).__name__
     if "logits_to_keep" not in inspect.signature(type(model).forward).parameters:
         raise ValueError(f"{name} cannot skip its output layer (no logits_to_keep): use fused=False and no TeacherStates")
-    changes = [key for key in ("final_logit_softcapping", "logit_scale", "logits_scaling") if getattr(config, key, None)]
-    if getattr(layer, "bias", None) is not None: changes.append("a bias")
-    if changes: raise ValueError(f"the logits of {name} are more than a product ({', '.join(changes)}): use fused=False and no TeacherStates")
+    if more := _beside_the_product(model, layer):
+        raise ValueError(f"the logits of {name} are more than a product ({more}): use fused=False and no TeacherStates")
     return layer.weight
+
+@torch.no_grad()
+def _beside_the_product(model, layer):
+    "What the model does to its logits, in words: the layer gets a zero and three rows of its own weight, large enough for any cap."
+    weight, received = layer.weight.detach(), []
+    probe = weight[:3] * (100 / (weight[:3] @ weight.T).abs().max())
+    def swap(_, inputs):
+        received.append(inputs[0])
+        return torch.cat([torch.zeros_like(probe[:1]), probe])[None].to(inputs[0].dtype)
+    hook, training = layer.register_forward_pre_hook(swap), model.training
+    try: output = model.eval()(input_ids=torch.arange(4, device=weight.device)[None], use_cache=False, output_hidden_states=True)
+    finally: hook.remove(); model.train(training)
+    if not received: return "the output layer is not called"
+    if not torch.allclose(received[0], output.hidden_states[-1], rtol=.02, atol=1e-3): return "the layer does not receive the last hidden states"
+    if output.logits[0, 0].any(): return "a bias: nothing in, something out"
+    ours, theirs = (probe @ weight.T).float(), output.logits[0, 1:].float()
+    return "" if (ours - theirs).abs().max() < 1 else f"a scale or a cap: {theirs.abs().max():.3g} where the product is 100"
+
+# %% ../../nbs/2_distill/21_logit_kd.ipynb #37259cc4
+def model_fingerprint(
+    model: PreTrainedModel | None,
+) -> str | None:          # 12 hexadecimal digits
+    "Which model this is: a hash of its class and of each tensor's name, shape and first numbers."
+    if model is None: return None
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in model.state_dict().items():
+        numbers = [] if tensor.is_meta else tensor.flatten()[:64].float().tolist()
+        digest.update(f"{name} {list(tensor.shape)} {numbers}".encode())
+    return digest.hexdigest()[:12]
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #fae5ebde
 class TeacherStates(Dataset):
@@ -65,17 +98,37 @@ class TeacherStates(Dataset):
         data,                      # rows dict(input_ids, labels), all of one length, the same at every reading
         teacher: PreTrainedModel,
         batch_size: int = 32,      # rows at once
+        folder: str | Path | None = None,  # keep them in a file there, which other processes read; None keeps them in memory
     ):
         if "position_ids" in data[0]: raise ValueError("TeacherStates takes plain chunks, not packed rows: give distill the teacher itself")
-        output_weight(teacher)
-        self.data, self.hidden, device = data, [], teacher.device
-        teacher.eval()
-        for start in tqdm(range(0, len(data), batch_size), "teacher", leave=False):
-            rows = [torch.as_tensor(data[i]["input_ids"]) for i in range(start, min(start+batch_size, len(data)))]
-            with torch.no_grad(), autocast(device.type):
-                self.hidden += last_hidden(teacher, dict(input_ids=torch.stack(rows).to(device))).bfloat16().cpu().unbind()
+        self.data, self.teacher = data, model_fingerprint(teacher)
+        self.shape = len(data), len(data[0]["input_ids"]), output_weight(teacher).shape[1]
+        self.hidden = _ask(teacher, data, torch.empty(self.shape, dtype=torch.bfloat16), batch_size) if folder is None else self._kept(Path(folder), teacher, batch_size)
+    def _kept(self, folder, teacher, batch_size):
+        rows = hashlib.sha256("".join(row_hash(self.data[i]) for i in range(len(self.data))).encode()).hexdigest()[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder/f"{self.teacher}-{rows}.bf16"
+        with FileLock(f"{file}.lock"):
+            if not file.is_file():
+                _ask(teacher, self.data, _mapped(part := file.with_suffix(".part"), self.shape), batch_size)
+                os.replace(part, file)
+        return _mapped(file, self.shape)
     def __len__(self): return len(self.data)
     def __getitem__(self, i): return {**self.data[i], "teacher_hidden": self.hidden[i]}
+
+# %% ../../nbs/2_distill/21_logit_kd.ipynb #ef73a026
+def _mapped(file, shape):
+    "A bfloat16 tensor whose numbers are a file's."
+    return torch.from_file(str(file), shared=True, size=math.prod(shape), dtype=torch.bfloat16).view(shape)
+
+@torch.no_grad()
+def _ask(teacher, data, hidden, batch_size):
+    "Fill `hidden` [rows, length, width] with the teacher's last hidden states."
+    teacher.eval()
+    for start in tqdm(range(0, len(data), batch_size), "teacher", leave=False):
+        rows = torch.stack([torch.as_tensor(data[i]["input_ids"]) for i in range(start, min(start+batch_size, len(data)))])
+        with autocast(teacher.device.type): hidden[start:start+len(rows)] = last_hidden(teacher, dict(input_ids=rows.to(teacher.device))).to("cpu", torch.bfloat16)
+    return hidden
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #93e26ea4
 def check_pair(
@@ -101,6 +154,7 @@ class DistillTrainer(Trainer):
         kind: str = "hybrid", temperature: float = 2.0, alpha: float = 0.5,   # as in distill_loss
         loss_options: dict | None = None,# more for distill_loss: kd_weight, divergence, beta, skew
         fused: bool = False,             # never hold the logits of a whole batch (fused_kd_loss)
+        run_settings: str = "",          # what else a resumed run must agree on: `train` writes it beside the checkpoints
         **options,
     ):
         if kind not in KINDS: raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
@@ -108,6 +162,8 @@ class DistillTrainer(Trainer):
         super().__init__(*arguments, **options)
         if teacher is not None: check_pair(self.model, teacher, tokenizer, teacher_tokenizer)
         self.teacher = None if teacher is None or kind == "ce" else teacher.to(self.args.device).eval()
+        for model in (self.model, self.teacher):
+            if fused and model is not None: output_weight(model)
         self.fused, size = fused, None if tokenizer is None else len(tokenizer)
         self.loss_settings = dict(kind=kind, temperature=temperature, alpha=alpha, vocabulary_size=size) | (loss_options or {})
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = self._loss_shifts_labels = True
@@ -118,6 +174,10 @@ class DistillTrainer(Trainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())   # the processes' gradients are averaged
         return (loss, outputs) if return_outputs else loss
 
+    def train(self, *arguments, **options):
+        if self.args.device.type == "cpu": keep_freed_memory()
+        return super().train(*arguments, **options)
+
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #6884b35b
 def distill_step(
     trainer: DistillTrainer,
@@ -127,13 +187,13 @@ def distill_step(
 ) -> tuple:             # loss, and the student's outputs unless fused
     "Loss of one batch; plain cross-entropy while the student is being evaluated."
     labels, states = inputs.pop("labels"), inputs.pop("teacher_hidden", None)
-    settings = trainer.loss_settings | dict(num_items=count_tokens(labels).clamp(min=1) if num_items is None else num_items)
+    settings = trainer.loss_settings | dict(num_items=count_tokens(labels) if num_items is None else num_items)
     teacher = trainer.teacher if model.training else None
     if not model.training: settings |= dict(kind="ce")
     with trainer.accelerator.autocast():
         if trainer.fused and model.training:
-            theirs = teacher_hidden(teacher, inputs, states), None if teacher is None else output_weight(teacher)
-            return fused_kd_loss(last_hidden(model, inputs), output_weight(trainer.model), *theirs, labels, **settings), None
+            weights = [None if m is None else m.get_output_embeddings().weight for m in (trainer.model, teacher)]
+            return fused_kd_loss(last_hidden(model, inputs), weights[0], teacher_hidden(teacher, inputs, states), weights[1], labels, **settings), None
         outputs = model(**(inputs | dict(use_cache=False)))
         return distill_loss(outputs.logits, teacher_logits(teacher, inputs, states), labels, **settings), outputs
 
@@ -154,7 +214,14 @@ def teacher_logits(
     "The teacher's logits, from kept hidden states or from the teacher."
     if teacher is None: return None
     if states is None: return teacher.eval()(**(inputs | dict(use_cache=False))).logits
-    return states @ output_weight(teacher).to(states.dtype).T
+    return states @ teacher.get_output_embeddings().weight.to(states.dtype).T
+
+def keep_freed_memory():
+    "Let glibc keep what a step frees: handing it back and asking for it again costs a step on a CPU more than all else that a trainer adds."
+    settings = {-1: 2**31 - 1, -3: 2**25}      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    for name, value in settings.items():
+        if hasattr(library, "mallopt"): library.mallopt(name, value)
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #7910671d
 def distill(
@@ -169,25 +236,33 @@ def distill(
     learning_rate: float = 2e-3, batch_size: int = 16, seed: int = 0,     # as in train
     fused: bool = True,                  # never hold the logits of a whole batch
     loss_options: dict | None = None,    # more for distill_loss
-    **more,                              # more for train: accumulation, save_steps, resume, arguments, ...
+    **more,                              # more for train: optimizer, accumulation, save_steps, resume, arguments, ...
 ) -> dict:                               # the history, as train returns it
     "Train a student on a teacher's beliefs (Hinton et al. 2015); a killed run goes on from its last checkpoint."
     if isinstance(teacher, (str, Path)): teacher, teacher_tokenizer = load_model(teacher), teacher_tokenizer or load_tokenizer(teacher)
-    settings = dict(kind=kind, temperature=temperature, alpha=alpha, loss_options=loss_options)
-    if folder is not None: same_loss(Path(folder), settings, more.get("resume", True))
-    return train(student, data, folder, steps, batch_size, learning_rate, seed=seed, trainer_class=DistillTrainer, fused=fused,
-                 teacher=teacher, tokenizer=tokenizer, teacher_tokenizer=teacher_tokenizer, **settings, **more)
+    same_run = dict(teacher=None if kind == "ce" else model_fingerprint(teacher), loss_options=loss_options or {})
+    if isinstance(data, TeacherStates) and same_run["teacher"] not in (None, data.teacher):
+        raise ValueError(f"the data hold the states of teacher {data.teacher} and the teacher is {same_run['teacher']}: make TeacherStates with this teacher")
+    return train(student, data, folder, steps, batch_size, learning_rate, seed=seed, trainer_class=DistillTrainer, fused=fused, kind=kind,
+                 temperature=temperature, alpha=alpha, loss_options=loss_options, run_settings=json.dumps(same_run, sort_keys=True),
+                 teacher=teacher, tokenizer=tokenizer, teacher_tokenizer=teacher_tokenizer, **more)
 
-def same_loss(
-    folder: Path,      # of the checkpoints
-    settings: dict,    # of the loss
-    resume: bool = True,   # False takes the folder over
-):
-    "Raise if the checkpoints in the folder were made with another loss."
-    path, text = folder/"loss.json", json.dumps(settings)
-    if resume and path.is_file() and last_checkpoint(folder) and json.loads(path.read_text()) != json.loads(text):
-        raise ValueError(f"{folder} holds checkpoints of a run with {path.read_text()}, not {text}: give another folder, or resume=False")
-    atomic_write(path, text)
+# %% ../../nbs/2_distill/21_logit_kd.ipynb #fbf1606c
+def in_processes(
+    step,               # a function, also a notebook's own; takes plain values and returns what JSON can hold
+    calls: list[dict],  # keyword arguments, one dict a call
+    jobs: int = 2,      # processes with one thread each; 1 works here, with all threads
+    **outside,          # more arguments for the step, on which its result does not depend: no part of the cache's key
+) -> list:              # results, in the order of the calls
+    "`cached` for each call, several at one time: a killed run goes on with the first call not finished."
+    pool = get_reusable_executor(max_workers=jobs, initializer=torch.set_num_threads, initargs=(1,)) if jobs > 1 else None
+    @wraps(step)        # the cache looks through this at the step's own code
+    def work(**call): return pool.submit(step, **call, **outside).result() if pool else step(**call, **outside)
+    threads = ThreadPoolExecutor(jobs)
+    try:
+        waiting = [threads.submit(cached, work, **call) for call in calls]
+        return [result.result() for result in tqdm(waiting, step.__name__, unit="call")]
+    finally: threads.shutdown(cancel_futures=True)
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #82aa7ce9
 def _tokens_to_divide_by(parts):    # each a list of rows of labels
