@@ -131,11 +131,11 @@ class Narrowed(Qwen3ForCausalLM):
         return output
 
 SIZES = dict(vocab_size=SIZE, hidden_size=32, num_hidden_layers=1, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2)
-MORE = {"a cap": (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=30.)), "a scale or a cap: 29.9"),
-        "a scale": (lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.0625)), "a scale or a cap: 6.25"),
-        "a divisor": (lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.)), "a scale or a cap: 12.5"),
+MORE = {"a cap": (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=30.)), "a scale or a cap: [23]"),
+        "a scale": (lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.0625)), "a scale or a cap: 6.2"),
+        "a divisor": (lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.)), "a scale or a cap: 12"),
         "a bias": (lambda: PhiForCausalLM(PhiConfig(**SIZES)), "a bias"),
-        "a scale without a name": (lambda: Warmed(small().config), "a scale or a cap: 66.7"),
+        "a scale without a name": (lambda: Warmed(small().config), "a scale or a cap: 6[67]"),
         "before the layer": (lambda: Narrowed(small().config), "does not receive the last hidden states")}
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -10,7 +10,7 @@ __all__ = ['check_bits_a_byte', 'check_tie_credit', 'check_byte_pick', 'text_str
            'RougeL']
 
 # %% ../../nbs/0_lab/05_evaluate.ipynb #ea5266fd
-import contextlib, copy, csv, io, json, logging, math, random, re
+import copy, csv, io, json, logging, math, random, re
 from pathlib import Path
 import numpy as np, torch, torch.nn.functional as F
 import datasets, evaluate
@@ -19,7 +19,7 @@ from .settings import project_root
 from .corpora import tokenize_corpus
 from .exercises import Exercise
 from .runs import proportion_interval
-from .models import generate, stop_tokens
+from .models import evaluating, generate, stop_tokens
 from .microworld import SUITES, check, examples as microworld_examples
 
 # %% ../../nbs/0_lab/05_evaluate.ipynb #9b54cbc1
@@ -77,7 +77,7 @@ def token_nats(
     jobs = [(k, *w) for k, ids in enumerate(streams) for w in score_windows(len(ids), length, stride or length)]
     jobs.sort(key=lambda job: job[1] - job[3])
     nats = [np.zeros(len(ids)) for ids in streams]
-    with _evaluating(model):
+    with evaluating(model):
         for at in tqdm(range(0, len(jobs), batch_size), desc="perplexity", leave=False, disable=len(jobs) <= 4*batch_size):
             batch = jobs[at:at+batch_size]
             for (k, _, first, end), row in zip(batch, _batch_nats(model, streams, batch, start)): nats[k][first:end] = row
@@ -86,15 +86,6 @@ def token_nats(
     return nats
 
 # %% ../../nbs/0_lab/05_evaluate.ipynb #8fdc22dd
-@contextlib.contextmanager
-def _evaluating(model):
-    "Evaluation mode for a while; afterwards every module is in the mode that it was in, after an error too."
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try: yield
-    finally:
-        for module, training in modes: module.training = training
-
 def _batch_nats(model, streams, jobs, start):
     "The scored tokens of each window, windows padded on the right."
     rows = [[start]*(begin == 0) + list(streams[k][max(begin-1, 0):end]) for k, begin, _, end in jobs]
@@ -197,7 +188,7 @@ def choice_scores(
             wanted.setdefault(tuple((before + ids)[:-1]), []).append((i, j, ids))
     inputs = sorted(wanted, key=len, reverse=True)
     scores = [np.zeros(len(options)) for options in choices]
-    with _evaluating(model):
+    with evaluating(model):
         for at in tqdm(range(0, len(inputs), batch_size), desc="choices", leave=False, disable=len(inputs) <= 4*batch_size):
             batch = inputs[at:at+batch_size]
             for row, logits in zip(batch, _right_padded_logits(model, batch)):
@@ -219,7 +210,7 @@ def accuracy(
     choice = [k for k, e in enumerate(examples) if e["kind"] == "choice"]
     free = [k for k, e in enumerate(examples) if e["kind"] != "choice"]
     prompts = [chat_prompt(tokenizer, examples[k]["messages"]) for k in choice]
-    with _evaluating(model):
+    with evaluating(model):
         scored = choice_scores(model, tokenizer, prompts, [examples[k]["choices"] for k in choice], batch_size)
         told = generate(model, tokenizer, [examples[k]["messages"] for k in free], max_new_tokens=max_new_tokens, batch_size=batch_size) if free else []
     for k, scores in zip(choice, scored): items[k], answers[k] = choice_credit(scores, right_choice(examples[k])), examples[k]["choices"][int(scores.argmax())]
@@ -450,7 +441,7 @@ def _run_lm_eval(model, tokenizer, tasks, limit, batch_size, fewshot, ours):
     from lm_eval.tasks import TaskManager
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     settings, draws = model.generation_config, (random.getstate(), np.random.get_state(), torch.get_rng_state())
-    with _evaluating(model):       # outside of HFLM, which puts the model in evaluation mode itself
+    with evaluating(model):       # outside of HFLM, which puts the model in evaluation mode itself
         harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, add_bos_token=False if ours else None)
         model.generation_config = copy.deepcopy(settings)
         try:

@@ -216,7 +216,7 @@ def fast_bfloat16(
     "Whether the device multiplies bfloat16 in hardware: without it, bfloat16 is slower than float32."
     import torch
     if device.startswith("cuda"): return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device != "cpu": return False
+    if device != "cpu" or not torch.backends.mkldnn.is_available(): return False
     flags = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if flags: return bool(flags.get("avx512_bf16") or flags.get("amx_bf16") or flags.get("amx_tile") or flags.get("bf16"))
     return any(getattr(torch.cpu, name, bool)() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
