@@ -253,12 +253,12 @@ def test_calls_in_processes_come_back_in_order_and_are_kept(tmp_path, monkeypatc
     monkeypatch.setenv("DISTILLBOOK_CACHE", str(tmp_path))
     notebooks_own = dict(globals() | {"__name__": "__main__"})      # as a function of a notebook has it: by value, with no module to import
     exec("def cube(number):\n    return dict(cube=number**OFFSET)\nOFFSET = 3", notebooks_own)
-    assert [r["cube"] for r in in_processes(notebooks_own["cube"], [dict(number=n) for n in (1, 2, 3)])] == [1, 8, 27]
     first = in_processes(square, [dict(number=n) for n in range(5)], jobs=2, note="a")
     assert [r["square"] for r in first] == [0, 1, 4, 9, 16] and {r["threads"] for r in first} == {1}
     assert os.getpid() not in {r["process"] for r in first}
     assert in_processes(square, [dict(number=n) for n in range(5)], jobs=1, note="b") == first        # the note is no part of the key
     assert in_processes(square, [dict(number=9)], jobs=1, note="here")[0]["process"] == os.getpid()
+    assert [r["cube"] for r in in_processes(notebooks_own["cube"], [dict(number=n) for n in (1, 2, 3)])] == [1, 8, 27]
     with pytest.raises(RuntimeError, match="no square of 7"): in_processes(square, [dict(number=7, fail=True), dict(number=8)], note="a")
 
 CHILD = """

@@ -74,7 +74,7 @@ def _beside_the_product(model, layer):
     try: output = model.eval()(input_ids=torch.arange(4, device=weight.device)[None], use_cache=False, output_hidden_states=True)
     finally: hook.remove(); model.train(training)
     if not received: return "the output layer is not called"
-    if not torch.allclose(received[0], output.hidden_states[-1], rtol=.02, atol=1e-3): return "the layer does not receive the last hidden states"
+    if not torch.allclose(received[0], output.hidden_states[-1], rtol=.02, atol=1e-3, equal_nan=True): return "the layer does not receive the last hidden states"
     if output.logits[0, 0].any(): return "a bias: nothing in, something out"
     ours, theirs = (probe @ weight.T).float(), output.logits[0, 1:].float()
     return "" if (ours - theirs).abs().max() < 1 else f"a scale or a cap: {theirs.abs().max():.3g} where the product is 100"
@@ -255,7 +255,7 @@ def in_processes(
     **outside,          # more arguments for the step, on which its result does not depend: no part of the cache's key
 ) -> list:              # results, in the order of the calls
     "`cached` for each call, several at one time: a killed run goes on with the first call not finished."
-    pool = get_reusable_executor(max_workers=jobs, initializer=torch.set_num_threads, initargs=(1,)) if jobs > 1 else None
+    pool = get_reusable_executor(jobs, timeout=600, initializer=torch.set_num_threads, initargs=(1,)) if jobs > 1 else None
     @wraps(step)        # the cache looks through this at the step's own code
     def work(**call): return pool.submit(step, **call, **outside).result() if pool else step(**call, **outside)
     threads = ThreadPoolExecutor(jobs)
