@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 from scipy import stats
 from distillbook.lab import runs
 from distillbook.lab.runs import (Measure, Run, RunRecord, atomic_write, bootstrap_interval, cached, cache_key, claims_ledger, code_hash, data_hash, figure,
-                                  fingerprint, judge, mean_interval, over_seeds, paired_interval, proportion_interval, start_run)
+                                  fingerprint, judge, mean_interval, over_calls, over_seeds, paired_interval, proportion_interval, start_run)
 
 ROOT = Path(__file__).resolve().parent.parent
 numbers = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=20)
@@ -453,3 +453,22 @@ def test_verdicts_of_the_records_are_in_the_ledger():
 def test_imports_stay_light():
     script = "import sys, distillbook.lab.runs; print([m for m in ('torch', 'numpy', 'scipy', 'pandas', 'matplotlib', 'transformers', 'IPython', 'ipykernel') if m in sys.modules])"
     assert python(script).communicate()[0].strip() == "[]"
+
+def meet(seed, folder, place=None, unseen=None):
+    "Ends when two calls are under way at once, each with one thread; keeps a file."
+    import torch
+    (Path(place)/f"{seed}-{os.getpid()}").touch()
+    ends = time.monotonic() + 120
+    while len({p.name.split("-")[1] for p in Path(place).iterdir()}) < 2 and time.monotonic() < ends: time.sleep(.05)
+    (folder/"note").write_text(str(seed))
+    return dict(seed=seed, threads=torch.get_num_threads(), met=time.monotonic() < ends, unseen=unseen)
+
+def test_calls_go_to_two_processes_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLBOOK_CACHE", str(tmp_path/"cache"))
+    place = tmp_path/"meeting"; place.mkdir()
+    calls = [dict(seed=i) for i in range(4)]
+    first = over_calls(meet, calls, jobs=2, place=str(place), unseen=1)
+    assert [r["seed"] for r in first] == [0, 1, 2, 3] and all(r["met"] and r["threads"] == 1 for r in first)
+    assert [(r["folder"]/"note").read_text() for r in first] == list("0123")
+    assert over_calls(meet, calls, jobs=2, unseen=2) == over_seeds(meet, 4) == first, "what is outside the key changed the result"
+    assert len(list(place.iterdir())) == 4, "a kept call was made again"

@@ -12,6 +12,7 @@ import ctypes, hashlib, inspect, json, math, os, sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import wraps
 from pathlib import Path
+from threading import Lock
 import torch
 from filelock import FileLock
 from joblib.externals.loky import get_reusable_executor
@@ -256,12 +257,20 @@ def in_processes(
 ) -> list:              # results, in the order of the calls
     "`cached` for each call, several at one time: a killed run goes on with the first call not finished."
     pool = get_reusable_executor(jobs, timeout=600, initializer=torch.set_num_threads, initargs=(1,)) if jobs > 1 else None
-    @wraps(step)        # the cache looks through this at the step's own code
-    def work(**call): return pool.submit(step, **call, **outside).result() if pool else step(**call, **outside)
+    turn = Lock()             # Python 3.11 cannot parse in two threads, and the cache parses the step's code before it begins
+    def one(call):
+        waiting = True
+        @wraps(step)          # the cache looks through this at the step's own code
+        def work(**call):
+            nonlocal waiting
+            waiting = turn.release()
+            return pool.submit(step, **call, **outside).result() if pool else step(**call, **outside)
+        turn.acquire()
+        try: return cached(work, **call)
+        finally:
+            if waiting: turn.release()
     threads = ThreadPoolExecutor(jobs)
-    try:
-        waiting = [threads.submit(cached, work, **call) for call in calls]
-        return [result.result() for result in tqdm(waiting, step.__name__, unit="call")]
+    try: return [result.result() for result in tqdm([threads.submit(one, call) for call in calls], step.__name__, unit="call")]
     finally: threads.shutdown(cancel_futures=True)
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #82aa7ce9

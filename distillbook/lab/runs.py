@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'check_verdict', 'check_half_width', 'mean_interval', 'proportion_interval', 'paired_interval',
            'bootstrap_interval', 'Measure', 'Claim', 'judge', 'claims_ledger', 'atomic_write', 'data_hash', 'code_hash',
            'RunRecord', 'home', 'describe_device', 'peak_memory_mb', 'versions', 'Run', 'start_run', 'figure',
-           'fingerprint', 'cache_folder', 'cache_key', 'cached', 'over_seeds']
+           'fingerprint', 'cache_folder', 'cache_key', 'cached', 'over_calls', 'over_seeds']
 
 # %% ../../nbs/0_lab/01_runs.ipynb #aee442fd
 import ast, contextlib, dataclasses, dis, functools, hashlib, importlib, importlib.metadata, inspect
@@ -598,20 +598,26 @@ def cached(
     """Run a step once for the same code, inputs and package versions, and keep what it returns.
     A parameter `folder` receives an empty folder for files, kept with the result as `result["folder"]`.
     A parameter `checkpoints` receives a folder that outlives a kill, until the step is done."""
+    return _cached_at(_place(step, inputs), step, inputs)
+
+def _place(step, inputs):
+    return cache_folder()/f"{getattr(step, '__name__', None) or step.func.__name__}-{cache_key(step, inputs)}"
+
+def _cached_at(final, step, inputs, outside={}):
+    "The result that is kept at `final`, or a new one."
     from filelock import FileLock
-    name = getattr(step, "__name__", None) or step.func.__name__
-    final = cache_folder()/f"{name}-{cache_key(step, inputs)}"
     done, result = _read_result(final)
     if done: return result
     try: final.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error: raise OSError(error.errno, f"could not make the cache folder {final.parent}: {error.strerror}") from error
     with FileLock(f"{final}.lock"):       # the system drops it when a process dies
         done, result = _read_result(final)        # another process may have finished it meanwhile
-        return result if done else _make(step, name, inputs, final)
+        return result if done else _make(step, inputs | outside, final)
 
-def _make(step, name, inputs, final):
+def _make(step, inputs, final):
     "Run a step in a folder of its own and put the result in place in one move."
     work, checkpoints, started = Path(f"{final}.making"), Path(f"{final}.checkpoints"), time.perf_counter()
+    name = final.name.rpartition("-")[0]
     takes = inspect.signature(step).parameters
     for leftover in (work, final): shutil.rmtree(leftover, ignore_errors=True)     # of a killed process, or damaged
     try:
@@ -630,15 +636,30 @@ def _make(step, name, inputs, final):
     return _read_result(final)[1]
 
 # %% ../../nbs/0_lab/01_runs.ipynb #f191c33d
+def over_calls(
+    step,               # function of keyword arguments, also a notebook's own
+    calls: list[dict],  # its arguments, one dict a call
+    jobs: int = 1,      # so many calls at one time, each in a process with one thread; 1 works here
+    **outside,          # more arguments, on which the result does not depend: no part of the cache's key
+) -> list:              # one result per call, in order
+    "`cached` for each call, with a progress bar: a killed run goes on with the first call not finished."
+    from joblib import Parallel, delayed, parallel_config
+    from tqdm import tqdm
+    places = [_place(step, call) for call in calls]     # before the work: only here can the source of a notebook's function be read
+    bar = dict(total=len(calls), desc=getattr(step, "__name__", "calls"))
+    if jobs == 1: return [_cached_at(place, step, call, outside) for place, call in tqdm(zip(places, calls), **bar)]
+    with parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1):
+        work = (delayed(_cached_at)(place, step, call, outside) for place, call in zip(places, calls))
+        return list(tqdm(Parallel(return_as="generator")(work), **bar))
+
 def over_seeds(
     step,            # function with a parameter `seed`
     seeds,           # list of seeds, or how many from 0 on
+    jobs: int = 1,   # as in over_calls
     **inputs,        # the step's other arguments
 ) -> list:           # one result per seed, in order
-    "`cached` for each seed, with a progress bar: a killed run goes on with the first seed not finished."
-    from tqdm import tqdm
-    seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    return [cached(step, seed=s, **inputs) for s in tqdm(seeds, desc=getattr(step, "__name__", "seeds"), unit="seed")]
+    "`cached` for each seed, as `over_calls`."
+    return over_calls(step, [dict(inputs, seed=s) for s in (range(seeds) if isinstance(seeds, int) else seeds)], jobs)
 
 # %% ../../nbs/0_lab/01_runs.ipynb #cb2f804b
 def _verdict(low, high, threshold): return "holds" if low > threshold else "fails" if high < threshold else "mixed"
