@@ -6,11 +6,12 @@ from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2F
     PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Trainer)
 from tokenizers import Tokenizer
 from conftest import ROOT, environment
-from distillbook.distill.logit_kd import DistillTrainer, TeacherStates, distill, in_processes, last_hidden, model_fingerprint, output_weight, random_student
+from distillbook.distill.logit_kd import DistillTrainer, TeacherStates, distill, last_hidden, model_fingerprint, output_weight, random_student
 from distillbook.distill.losses import distill_loss
 from distillbook.lab.corpora import FixedChunks, load_corpus, tokenize_corpus
 from distillbook.lab.evaluate import perplexity
 from distillbook.lab.models import load_model, load_tokenizer, train_tokenizer
+from distillbook.lab.runs import over_calls
 from distillbook.lab.training import train
 
 TOKENIZER = train_tokenizer(["The quick brown fox returns the sum of two arrays, 12 and 345.\n" * 4], 300)
@@ -253,13 +254,13 @@ def test_calls_in_processes_come_back_in_order_and_are_kept(tmp_path, monkeypatc
     monkeypatch.setenv("DISTILLBOOK_CACHE", str(tmp_path))
     notebooks_own = dict(globals() | {"__name__": "__main__"})      # as a function of a notebook has it: by value, with no module to import
     exec("def cube(number):\n    return dict(cube=number**OFFSET)\nOFFSET = 3", notebooks_own)
-    first = in_processes(square, [dict(number=n) for n in range(5)], jobs=2, note="a")
+    first = over_calls(square, [dict(number=n) for n in range(5)], jobs=2, note="a")
     assert [r["square"] for r in first] == [0, 1, 4, 9, 16] and {r["threads"] for r in first} == {1}
     assert os.getpid() not in {r["process"] for r in first}
-    assert in_processes(square, [dict(number=n) for n in range(5)], jobs=1, note="b") == first        # the note is no part of the key
-    assert in_processes(square, [dict(number=9)], jobs=1, note="here")[0]["process"] == os.getpid()
-    assert [r["cube"] for r in in_processes(notebooks_own["cube"], [dict(number=n) for n in (1, 2, 3)])] == [1, 8, 27]
-    with pytest.raises(RuntimeError, match="no square of 7"): in_processes(square, [dict(number=7, fail=True), dict(number=8)], note="a")
+    assert over_calls(square, [dict(number=n) for n in range(5)], jobs=1, note="b") == first        # the note is no part of the key
+    assert over_calls(square, [dict(number=9)], jobs=1, note="here")[0]["process"] == os.getpid()
+    assert [r["cube"] for r in over_calls(notebooks_own["cube"], [dict(number=n) for n in (1, 2, 3)], jobs=2)] == [1, 8, 27]
+    with pytest.raises(RuntimeError, match="no square of 7"): over_calls(square, [dict(number=7, fail=True), dict(number=8)], jobs=2, note="a")
 
 CHILD = """
 import sys, torch

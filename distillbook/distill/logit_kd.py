@@ -5,17 +5,13 @@
 # %% auto #0
 __all__ = ['check_tokens_to_divide_by', 'check_mixture', 'check_perplexity_ratio', 'random_student', 'last_hidden',
            'output_weight', 'model_fingerprint', 'TeacherStates', 'check_pair', 'DistillTrainer', 'distill_step',
-           'teacher_hidden', 'teacher_logits', 'keep_freed_memory', 'distill', 'in_processes']
+           'teacher_hidden', 'teacher_logits', 'keep_freed_memory', 'distill']
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #af8ee65e
 import ctypes, hashlib, inspect, json, math, os, sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import wraps
 from pathlib import Path
-from threading import Lock
 import torch
 from filelock import FileLock
-from joblib.externals.loky import get_reusable_executor
 from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
@@ -23,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trai
 from .losses import KINDS, count_tokens, distill_loss, fused_kd_loss
 from ..lab.exercises import Exercise
 from ..lab.models import check_same_vocabulary, load_model, load_tokenizer, model_place, tiny_qwen3
-from ..lab.runs import cached
 from ..lab.settings import autocast
 from ..lab.training import row_hash, train
 
@@ -247,31 +242,6 @@ def distill(
     return train(student, data, folder, steps, batch_size, learning_rate, seed=seed, trainer_class=DistillTrainer, fused=fused, kind=kind,
                  temperature=temperature, alpha=alpha, loss_options=loss_options, run_settings=json.dumps(same_run, sort_keys=True),
                  teacher=teacher, tokenizer=tokenizer, teacher_tokenizer=teacher_tokenizer, **more)
-
-# %% ../../nbs/2_distill/21_logit_kd.ipynb #fbf1606c
-def in_processes(
-    step,               # a function, also a notebook's own; takes plain values and returns what JSON can hold
-    calls: list[dict],  # keyword arguments, one dict a call
-    jobs: int = 2,      # processes with one thread each; 1 works here, with all threads
-    **outside,          # more arguments for the step, on which its result does not depend: no part of the cache's key
-) -> list:              # results, in the order of the calls
-    "`cached` for each call, several at one time: a killed run goes on with the first call not finished."
-    pool = get_reusable_executor(jobs, timeout=600, initializer=torch.set_num_threads, initargs=(1,)) if jobs > 1 else None
-    turn = Lock()             # Python 3.11 cannot parse in two threads, and the cache parses the step's code before it begins
-    def one(call):
-        waiting = True
-        @wraps(step)          # the cache looks through this at the step's own code
-        def work(**call):
-            nonlocal waiting
-            waiting = turn.release()
-            return pool.submit(step, **call, **outside).result() if pool else step(**call, **outside)
-        turn.acquire()
-        try: return cached(work, **call)
-        finally:
-            if waiting: turn.release()
-    threads = ThreadPoolExecutor(jobs)
-    try: return [result.result() for result in tqdm([threads.submit(one, call) for call in calls], step.__name__, unit="call")]
-    finally: threads.shutdown(cancel_futures=True)
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #82aa7ce9
 def _tokens_to_divide_by(parts):    # each a list of rows of labels

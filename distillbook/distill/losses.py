@@ -71,7 +71,7 @@ def token_kl(
 ) -> Tensor:                  # [tokens], nats
     "KL(p || q) for every row; a word that p rules out adds 0, whatever q gives it (0 log 0 = 0)."
     p = log_p.exp()
-    return (p * (log_p - log_q).masked_fill(p == 0, 0.)).sum(-1)
+    return (p * (log_p - log_q).masked_fill_(p == 0, 0.)).sum(-1)
 
 # %% ../../nbs/2_distill/20_losses.ipynb #c3b58184
 def ce_loss(
