@@ -67,7 +67,7 @@ DOMAINS = {
 # %% ../../nbs/0_lab/02_microworld.ipynb #79b40439
 class World:
     "Everything that is true in the world of one seed: `facts[suite][entity][field]`."
-    def __init__(self, seed: int = 0, places: int = 150, terms: int = 72):
+    def __init__(self, seed: int = 0, places: int = 300, terms: int = 72):
         rng, self.seed = random.Random(f"world {seed}"), seed
         draw = lambda facts: {k: rng.choice(v) for k, v in facts.items()}
         self.facts = {"knowledge": {p: draw(PLACE_FACTS) for p in invent_names(places, seed + 100, ending="ham")}}
@@ -188,13 +188,14 @@ LIST_OPS = {"sum x": "sum(x)", "find the largest of x": "max(x)", "count the ite
     "keep items of x greater than {n}": "[i for i in x if i > {n}]", "add {n} to each item of x": "[i + {n} for i in x]", "multiply each item of x by {n}": "[i * {n} for i in x]", "count items of x equal to {n}": "x.count({n})"}
 TEXT_OPS = {"repeat x {n} times": "x * {n}", "make x upper case": "x.upper()", "reverse the text x": "x[::-1]", "take the first {n} letters of x": "x[:{n}]", "count the letters of x": "len(x)"}
 INPUTS = {"number": [0, 1, 2, 5, 9, -3], "list": [[3, 1, 2], [5], [4, 4, 0, 7, 9], [2, -1, 2, 8]], "text": ["a", "fox", "lantern"]}
-_verbs, _things = "get make find take give build read pick form show".split(), "value total part item result number word piece score answer".split()
+_verbs = "get make find take give build read pick form show send keep hold move turn mark sort join split count check draw fetch load pack save scan trim wrap write".split()
+_things = "value total part item result number word piece score answer amount figure entry field index label level limit mark name order point price range record rest size sum term unit".split()
 FUNCTION_NAMES = [f"{v}_{t}" for v in _verbs for t in _things]
 
 # %% ../../nbs/0_lab/02_microworld.ipynb #7948a6e1
 def code_question(rng: random.Random, split: str, difficulty: int) -> dict:
     "Write a one-line function: names and phrasings of the test are new, numbers are free."
-    name = rng.choice([f for i, f in enumerate(FUNCTION_NAMES) if (i % 10 == (i // 10) % 10) == (split == "test")])
+    name = rng.choice([f for i, f in enumerate(FUNCTION_NAMES) if (i % len(_things) == i // len(_things)) == (split == "test")])
     kind = "number" if difficulty > 1 else rng.choice(["number", "list", "text"])
     ops = {"number": NUMBER_OPS, "list": LIST_OPS, "text": TEXT_OPS}[kind]
     what, body = rng.choice(list(ops.items()))
