@@ -11,7 +11,6 @@ from distillbook.distill.losses import distill_loss
 from distillbook.lab.corpora import FixedChunks, load_corpus, tokenize_corpus
 from distillbook.lab.evaluate import perplexity
 from distillbook.lab.models import load_model, load_tokenizer, train_tokenizer
-from distillbook.lab.runs import over_calls
 from distillbook.lab.training import train
 
 TOKENIZER = train_tokenizer(["The quick brown fox returns the sum of two arrays, 12 and 345.\n" * 4], 300)
@@ -243,24 +242,6 @@ def test_a_random_student_has_no_column_without_a_token(tmp_path):
     assert student.config.vocab_size == len(student.lm_head.weight) == SIZE
     small(vocabulary=SIZE - 1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"room for {SIZE - 1} tokens"): random_student(str(tmp_path), TOKENIZER)
-
-# processes
-
-def square(number, note, fail=False):
-    if fail: raise RuntimeError(f"no square of {number}")
-    return dict(square=number**2, process=os.getpid(), threads=torch.get_num_threads(), note=note)
-
-def test_calls_in_processes_come_back_in_order_and_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("DISTILLBOOK_CACHE", str(tmp_path))
-    notebooks_own = dict(globals() | {"__name__": "__main__"})      # as a function of a notebook has it: by value, with no module to import
-    exec("def cube(number):\n    return dict(cube=number**OFFSET)\nOFFSET = 3", notebooks_own)
-    first = over_calls(square, [dict(number=n) for n in range(5)], jobs=2, note="a")
-    assert [r["square"] for r in first] == [0, 1, 4, 9, 16] and {r["threads"] for r in first} == {1}
-    assert os.getpid() not in {r["process"] for r in first}
-    assert over_calls(square, [dict(number=n) for n in range(5)], jobs=1, note="b") == first        # the note is no part of the key
-    assert over_calls(square, [dict(number=9)], jobs=1, note="here")[0]["process"] == os.getpid()
-    assert [r["cube"] for r in over_calls(notebooks_own["cube"], [dict(number=n) for n in (1, 2, 3)], jobs=2)] == [1, 8, 27]
-    with pytest.raises(RuntimeError, match="no square of 7"): over_calls(square, [dict(number=7, fail=True), dict(number=8)], jobs=2, note="a")
 
 CHILD = """
 import sys, torch

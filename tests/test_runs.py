@@ -472,3 +472,15 @@ def test_calls_go_to_two_processes_once(tmp_path, monkeypatch):
     assert [(r["folder"]/"note").read_text() for r in first] == list("0123")
     assert over_calls(meet, calls, jobs=2, unseen=2) == over_seeds(meet, 4) == first, "what is outside the key changed the result"
     assert len(list(place.iterdir())) == 4, "a kept call was made again"
+
+def square(number, fail=False):
+    if fail: raise RuntimeError(f"no square of {number}")
+    return dict(square=number**2, process=os.getpid())
+
+def test_a_notebooks_own_function_goes_to_a_process_and_an_error_comes_back(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLBOOK_CACHE", str(tmp_path))
+    notebooks_own = dict(globals() | {"__name__": "__main__"})      # as a function of a notebook has it: by value, with no module to import
+    exec("def cube(number):\n    return dict(cube=number**OFFSET)\nOFFSET = 3", notebooks_own)
+    assert [r["cube"] for r in over_calls(notebooks_own["cube"], [dict(number=n) for n in (1, 2, 3)], jobs=2)] == [1, 8, 27]
+    assert over_calls(square, [dict(number=9)])[0]["process"] == os.getpid()
+    with pytest.raises(RuntimeError, match="no square of 7"): over_calls(square, [dict(number=7, fail=True), dict(number=8)], jobs=2)
