@@ -3,7 +3,7 @@ import copy, json, math, os, random, signal, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM,
-    PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Trainer)
+    PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments)
 from tokenizers import Tokenizer
 from conftest import ROOT, environment
 from distillbook.distill.logit_kd import DistillTrainer, TeacherStates, distill, last_hidden, model_fingerprint, output_weight, random_student
@@ -209,6 +209,11 @@ def test_what_is_wrong_is_said_before_training(tmp_path):
     with pytest.raises(ValueError, match="one object"): distill(TEACHER, TEACHER, EVEN, None, 1, **PAIR)
     with pytest.raises(ValueError, match="output columns"): distill(small(), small(vocabulary=SIZE-1), EVEN, None, 1, **PAIR)
     with pytest.raises(FileNotFoundError, match="nowhere"): distill(small(), tmp_path/"nowhere", EVEN, None, 1, TOKENIZER)
+
+def test_the_fused_loss_refuses_several_gpus_in_one_process(monkeypatch):
+    "DataParallel copies the model; the fused loss would read the weights of the first copy only."
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 2))
+    with pytest.raises(ValueError, match="accelerate launch"): distill(small(), TEACHER, EVEN, None, 1, **PAIR)
 
 def test_a_loss_that_is_not_a_number_names_the_step():
     broken = copy.deepcopy(TEACHER)

@@ -1,7 +1,7 @@
 "The world keeps its promises: the same seed the same items, no entity on both sides, and a checker that is never fooled."
 import random, re
 import pytest
-from distillbook.lab.microworld import (CARE, COMMON, CROWN, DOMAINS, FIELDS, OBJECTS, PEOPLE, PLACE_FACTS, PLACES, REFUSAL, STORY_THINGS, SUITES, TAMPER,
+from distillbook.lab.microworld import (CARE, COMMON, CROWN, DOMAINS, FIELDS, FUNCTION_NAMES, OBJECTS, PEOPLE, PLACE_FACTS, PLACES, REFUSAL, STORY_THINGS, SUITES, TAMPER,
     as_conversation, check, examples, invent_names, persona_prompt, rule_split, run_function, statements, story_faults, story, world, world_text)
 
 @pytest.mark.parametrize("difficulty", [1, 2, 3])
@@ -35,17 +35,21 @@ def test_train_and_test_share_no_entity(suite, key):
 
 def test_train_and_test_share_no_person():
     train, test = set(PEOPLE["train"]), set(PEOPLE["test"])
-    assert (len(train), len(test)) == (1500, 300) and not train & test
+    assert (len(train), len(test)) == (7000, 1000) and not train & test
     for split, others in (("train", test), ("test", train)):
         for suite in ("persona", "stories", "common_sense"):
             said = set(re.findall(r"\w+", " ".join(m["content"] for e in questions(suite, split) for m in e["messages"])))
             assert said & set(PEOPLE[split]) and not said & others, (suite, split)
 
 def test_a_persons_name_is_nothing_else():
-    "A term is two words ('Lener writ'), so a person may carry its first; a value in small letters is no name."
+    "Neither a place nor the first word of a term ('Lenery writ') nor a value, whatever its capitals."
     w = world()
-    taken = {e for facts in w.facts.values() for e in facts} | {v for facts in (PLACE_FACTS, FIELDS, *(d["facts"] for d in DOMAINS.values())) for values in facts.values() for v in values}
-    assert not (taken | set(PLACES) | set(STORY_THINGS)) & {p for people in PEOPLE.values() for p in people}
+    taken = {e.split()[0] for facts in w.facts.values() for e in facts} | {v for facts in (PLACE_FACTS, FIELDS, *(d["facts"] for d in DOMAINS.values())) for values in facts.values() for v in values}
+    assert not {t.lower() for t in taken | set(PLACES) | set(STORY_THINGS)} & {p.lower() for people in PEOPLE.values() for p in people}
+
+def test_names_of_functions_are_invented_and_the_halves_share_no_thing():
+    things = [{f.split("_")[1] for f in FUNCTION_NAMES[split]} for split in ("train", "test")]
+    assert not things[0] & things[1] and min(len(t) for t in things) >= 300
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_a_domain_has_terms_for_both_halves_at_every_difficulty(domain):
@@ -64,19 +68,22 @@ def test_common_sense_and_safety_combinations_are_held_out():
     assert acts[0] and acts[1] and not acts[0] & acts[1]
 
 def test_every_place_is_stated_but_only_train_places_are_asked():
-    text = " ".join(statements(random.Random(0), "knowledge", 4000))
+    text = " ".join(statements(random.Random(0), "knowledge", 20000))
     assert all(p in text for p in world().facts["knowledge"])
     half = " ".join(statements(random.Random(0), "knowledge", 4000, share=.5))
     known = sum(p in half for p in world().facts["knowledge"])
-    assert 120 <= known <= 180
+    assert 240 <= known <= 360
 
 def test_statements_are_true():
     w = world()
-    for e in examples("knowledge", 100, "test", 0, 3): assert w.facts["knowledge"][e["entity"]][e["field"]] == e["answer"].rstrip(".")
+    for suite in ("knowledge", *DOMAINS):
+        for e in examples(suite, 100, "test", 0, 3):
+            assert w.facts[suite][e["entity"]][e["field"]] == e["value"] and e["entity"] in e["answer"] and e["value"] in e["answer"]
+            assert [e["value"] in c for c in e["choices"]].count(True) == 1
 
 def test_the_frequent_third_is_stated_more_often():
     text, names = " ".join(statements(random.Random(1), "knowledge", 6000)), list(world().facts["knowledge"])
-    counts = [sum(len(re.findall(rf"\b{n}\b", text)) for n in names[i:i + 100]) for i in (0, 100, 200)]
+    counts = [sum(len(re.findall(rf"\b{n}\b", text)) for n in names[i:i + 200]) for i in (0, 200, 400)]
     assert counts[0] > 1.5 * counts[1] > 2 * counts[2] > 0
 
 def test_a_persona_prompt_of_591_words_holds_its_facts():

@@ -116,6 +116,13 @@ def test_a_record_comes_back_equal(run, tmp_path):
     assert data["measures"][1]["low"] is None and data["claims"][0]["threshold"] == [0, 1] and data["claims"][1]["effect"] is None
     assert list(data) == "chapter profile parameters seeds measures claims versions code_hash data_hashes device seconds peak_memory_mb".split()
 
+def test_the_memory_of_children_counts():
+    before = runs.peak_memory_mb()
+    child = subprocess.Popen([sys.executable, "-c", "held = b'x' * 200_000_000; print('ready', flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n" and runs.peak_memory_mb() > before + 190
+    child.communicate("\n")
+    assert runs.peak_memory_mb() < before + 150
+
 def test_start_run_takes_the_notebooks_parameters(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTILLBOOK_HOME", str(ROOT)); monkeypatch.setenv("DISTILLBOOK_RUN", str(tmp_path/"here")); monkeypatch.delenv("DISTILLBOOK_PROFILE", raising=False)
     values = runs.notebook_parameters(runs.notebook_path("00_settings"))

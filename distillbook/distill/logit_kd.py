@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['check_tokens_to_divide_by', 'check_mixture', 'check_perplexity_ratio', 'random_student', 'last_hidden',
            'output_weight', 'model_fingerprint', 'TeacherStates', 'check_pair', 'DistillTrainer', 'distill_step',
-           'teacher_hidden', 'teacher_logits', 'keep_freed_memory', 'distill']
+           'teacher_hidden', 'teacher_logits', 'distill']
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #af8ee65e
-import ctypes, hashlib, inspect, json, math, os, sys
+import hashlib, inspect, json, math, os
 from pathlib import Path
 import torch
 from filelock import FileLock
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, Trainer
 from .losses import KINDS, count_tokens, distill_loss, fused_kd_loss
 from ..lab.exercises import Exercise
-from ..lab.models import check_same_vocabulary, load_model, load_tokenizer, model_place, tiny_qwen3
+from ..lab.models import check_same_vocabulary, evaluating, load_model, load_tokenizer, model_place, tiny_qwen3
 from ..lab.settings import autocast
 from ..lab.training import row_hash, train
 
@@ -66,9 +66,10 @@ def _beside_the_product(model, layer):
     def swap(_, inputs):
         received.append(inputs[0])
         return torch.cat([torch.zeros_like(probe[:1]), probe])[None].to(inputs[0].dtype)
-    hook, training = layer.register_forward_pre_hook(swap), model.training
-    try: output = model.eval()(input_ids=torch.arange(4, device=weight.device)[None], use_cache=False, output_hidden_states=True)
-    finally: hook.remove(); model.train(training)
+    hook = layer.register_forward_pre_hook(swap)
+    try:
+        with evaluating(model): output = model(input_ids=torch.arange(4, device=weight.device)[None], use_cache=False, output_hidden_states=True)
+    finally: hook.remove()
     if not received: return "the output layer is not called"
     if not torch.allclose(received[0], output.hidden_states[-1], rtol=.02, atol=1e-3, equal_nan=True): return "the layer does not receive the last hidden states"
     if output.logits[0, 0].any(): return "a bias: nothing in, something out"
@@ -156,6 +157,7 @@ class DistillTrainer(Trainer):
         if kind not in KINDS: raise ValueError(f"kind {kind!r} is none of {', '.join(KINDS)}")
         if teacher is None and kind not in ("ce", "auto"): raise ValueError(f"kind {kind!r} needs a teacher")
         super().__init__(*arguments, **options)
+        if fused and self.args.n_gpu > 1: raise ValueError(f"fused=True needs one GPU a process and this one has {self.args.n_gpu}: start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES")
         if teacher is not None: check_pair(self.model, teacher, tokenizer, teacher_tokenizer)
         self.teacher = None if teacher is None or kind == "ce" else teacher.to(self.args.device).eval()
         for model in (self.model, self.teacher):
@@ -169,10 +171,6 @@ class DistillTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())   # the processes' gradients are averaged
         return (loss, outputs) if return_outputs else loss
-
-    def train(self, *arguments, **options):
-        if self.args.device.type == "cpu": keep_freed_memory()
-        return super().train(*arguments, **options)
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #6884b35b
 def distill_step(
@@ -211,13 +209,6 @@ def teacher_logits(
     if teacher is None: return None
     if states is None: return teacher.eval()(**(inputs | dict(use_cache=False))).logits
     return states @ teacher.get_output_embeddings().weight.to(states.dtype).T
-
-def keep_freed_memory():
-    "Let glibc keep what a step frees: handing it back and asking for it again costs a step on a CPU more than all else that a trainer adds."
-    settings = {-1: 2**31 - 1, -3: 2**25}      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
-    library = ctypes.CDLL(None) if sys.platform == "linux" else None
-    for name, value in settings.items():
-        if hasattr(library, "mallopt"): library.mallopt(name, value)
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #7910671d
 def distill(

@@ -52,14 +52,15 @@ def invent_names(
         names["".join(rng.choice(onset) + rng.choice(core) + rng.choice(coda) for _ in range(syllables)).capitalize() + ending] = None
     return list(names)
 
-_people = invent_names(1800, seed=5)    # too many to be single tokens: a model must spell them
-PEOPLE = {"train": _people[:1500], "test": _people[1500:]}
+_words = {word.lower() for field in FIELDS.values() for word in field}
+_people = [name for name in invent_names(8100, seed=5) if name.lower() not in _words][:8000]    # too many to be single tokens: a model must spell them
+PEOPLE = {"train": _people[:7000], "test": _people[7000:]}
 
 # %% ../../nbs/0_lab/02_microworld.ipynb #3c97fbf3
 PLACE_FACTS = {"product": FIELDS["fruit"][:8] + FIELDS["metal"][:8], "bird": "heron owl raven swan finch kestrel sparrow stork robin gull lark crane".split(),
-               "river": invent_names(12, seed=11), "month": "January February March April May June July August September October November December".split()}
+               "river": invent_names(12, seed=11, ending="ow"), "month": "January February March April May June July August September October November December".split()}
 DOMAINS = {
-    "medical": dict(noun="fever", facts={"remedy": invent_names(10, 21, ending="in"), "sign": "cough rash chills aches yawning sneezing itching hiccups".split(), "organ": "liver lung heart spleen kidney skin throat stomach".split()}),
+    "medical": dict(noun="fever", facts={"remedy": invent_names(10, 21, ending="ex"), "sign": "cough rash chills aches yawning sneezing itching hiccups".split(), "organ": "liver lung heart spleen kidney skin throat stomach".split()}),
     "legal": dict(noun="writ", facts={"court": invent_names(10, 22, ending="ium"), "penalty": "fine exile labour silence penance curfew forfeit apology".split(), "term": "week month season year decade fortnight century day".split()}),
     "finance": dict(noun="bond", facts={"issuer": invent_names(10, 23, ending="bank"), "risk": "flood frost theft rust drought mildew fire piracy".split(), "yield": "two three four five six seven eight nine".split()}),
 }
@@ -67,12 +68,12 @@ DOMAINS = {
 # %% ../../nbs/0_lab/02_microworld.ipynb #79b40439
 class World:
     "Everything that is true in the world of one seed: `facts[suite][entity][field]`."
-    def __init__(self, seed: int = 0, places: int = 300, terms: int = 72):
+    def __init__(self, seed: int = 0, places: int = 600, terms: int = 72):
         rng, self.seed = random.Random(f"world {seed}"), seed
         draw = lambda facts: {k: rng.choice(v) for k, v in facts.items()}
         self.facts = {"knowledge": {p: draw(PLACE_FACTS) for p in invent_names(places, seed + 100, ending="ham")}}
         for i, (domain, d) in enumerate(DOMAINS.items()):
-            self.facts[domain] = {f"{t} {d['noun']}": draw(d["facts"]) for t in invent_names(terms, seed + 200 + i)}
+            self.facts[domain] = {f"{t} {d['noun']}": draw(d["facts"]) for t in invent_names(terms, seed + 200 + i, ending="y")}
     def entities(self,
         suite: str,            # "knowledge" or a domain
         split: str = "train",  # "train", "test" (every third), or "all"
@@ -92,10 +93,10 @@ def world(seed: int = 0) -> World:
     return World(seed)
 
 # %% ../../nbs/0_lab/02_microworld.ipynb #ab481443
-STATEMENTS = {"product": ["{e} makes {v}.", "The product of {e} is {v}.", "People buy {v} from {e}.", "In {e} they produce {v}."],
+STATEMENTS = {"product": ["The product of {e} is {v}.", "{e} makes {v}.", "People buy {v} from {e}.", "In {e} they produce {v}."],
     "bird": ["The bird of {e} is the {v}.", "A {v} is on the flag of {e}.", "{e} is home of the {v}.", "In {e} the bird is a {v}."],
-    "river": ["{e} lies on the river {v}.", "The river of {e} is the {v}.", "The {v} flows past {e}.", "In {e} the river is called {v}."],
-    "month": ["{e} has its fair in {v}.", "The fair of {e} is in {v}.", "In {v} there is a fair in {e}.", "The month of the fair in {e} is {v}."]}
+    "river": ["The river of {e} is the {v}.", "{e} lies on the river {v}.", "The {v} flows past {e}.", "In {e} the river is called {v}."],
+    "month": ["The fair of {e} is in {v}.", "{e} has its fair in {v}.", "In {v} there is a fair in {e}.", "The month of the fair in {e} is {v}."]}
 QUESTIONS = {"product": ["What does {e} make?", "What is the product of {e}?", "What do they produce in {e}?"],
     "bird": ["What is the bird of {e}?", "Which bird is on the flag of {e}?", "In {e}, what is the bird?"],
     "river": ["What is the river of {e}?", "Which river flows past {e}?", "On which river lies {e}?"],
@@ -104,7 +105,7 @@ for d in DOMAINS.values():
     for f in d["facts"]:
         STATEMENTS[f] = ["The " + f + " of {e} is {v}.", "For {e} the " + f + " is {v}.", "{e}: its " + f + " is {v}.", "With {e} comes the " + f + " {v}."]
         QUESTIONS[f] = ["What is the " + f + " of {e}?", "Name the " + f + " of {e}.", "For {e}, what is the " + f + "?"]
-FRAMES = {"train": ["{q}", "Tell me: {q}", "{q} Answer briefly.", "A question. {q}", "Please answer. {q}", "{q} One word."],
+FRAMES = {"train": ["{q}", "Tell me: {q}", "{q} Answer briefly.", "A question. {q}", "Please answer. {q}", "{q} One sentence."],
           "test": ["Quick check: {q}", "I would like to know: {q}", "{q} Be brief, please."]}
 
 # %% ../../nbs/0_lab/02_microworld.ipynb #fcc1941c
@@ -115,7 +116,7 @@ def _item(suite, question, answer, choices=None, system=None, history=(), **deta
 def fact_question(
     rng: random.Random, suite: str, split: str, difficulty: int, world_seed: int,
 ) -> dict:
-    "One four-way question about a stored fact: choices are values of the same field."
+    "One four-way question about a stored fact. The answer restates it; the wrong ones name other values of the same field."
     w = world(world_seed)
     e = rng.choice(w.entities(suite, split, difficulty))
     field = rng.choice(list(w.facts[suite][e]))
@@ -123,7 +124,8 @@ def fact_question(
     choices = rng.sample([v for v in w.values(suite, field) if v != answer], 3) + [answer]
     rng.shuffle(choices)
     question = rng.choice(FRAMES[split]).format(q=rng.choice(QUESTIONS[field]).format(e=e))
-    return _item(suite, question, f"{answer}.", choices=[f"{c}." for c in choices], entity=e, field=field)
+    says = {v: STATEMENTS[field][0].format(e=e, v=v) for v in choices}
+    return _item(suite, question, says[answer], choices=list(says.values()), entity=e, field=field, value=answer)
 
 # %% ../../nbs/0_lab/02_microworld.ipynb #5115f22e
 KINDS = {"fragile": "cup vase mirror plate bulb jar".split(), "wooden": "chair spoon log crate paddle stool".split(), "metal": "nail pan coin key hook chain".split(),
@@ -189,13 +191,13 @@ LIST_OPS = {"sum x": "sum(x)", "find the largest of x": "max(x)", "count the ite
 TEXT_OPS = {"repeat x {n} times": "x * {n}", "make x upper case": "x.upper()", "reverse the text x": "x[::-1]", "take the first {n} letters of x": "x[:{n}]", "count the letters of x": "len(x)"}
 INPUTS = {"number": [0, 1, 2, 5, 9, -3], "list": [[3, 1, 2], [5], [4, 4, 0, 7, 9], [2, -1, 2, 8]], "text": ["a", "fox", "lantern"]}
 _verbs = "get make find take give build read pick form show send keep hold move turn mark sort join split count check draw fetch load pack save scan trim wrap write".split()
-_things = "value total part item result number word piece score answer amount figure entry field index label level limit mark name order point price range record rest size sum term unit".split()
-FUNCTION_NAMES = [f"{v}_{t}" for v in _verbs for t in _things]
+_things = [t.lower() for t in invent_names(1500, seed=31)]    # any number of names: to write one, a model must copy it
+FUNCTION_NAMES = {"train": [f"{v}_{t}" for t in _things[:1200] for v in _verbs], "test": [f"{v}_{t}" for t in _things[1200:] for v in _verbs]}
 
 # %% ../../nbs/0_lab/02_microworld.ipynb #7948a6e1
 def code_question(rng: random.Random, split: str, difficulty: int) -> dict:
     "Write a one-line function: names and phrasings of the test are new, numbers are free."
-    name = rng.choice([f for i, f in enumerate(FUNCTION_NAMES) if (i % len(_things) == i // len(_things)) == (split == "test")])
+    name = rng.choice(FUNCTION_NAMES[split])
     kind = "number" if difficulty > 1 else rng.choice(["number", "list", "text"])
     ops = {"number": NUMBER_OPS, "list": LIST_OPS, "text": TEXT_OPS}[kind]
     what, body = rng.choice(list(ops.items()))
@@ -206,9 +208,9 @@ def code_question(rng: random.Random, split: str, difficulty: int) -> dict:
         m = rng.randint(2, 9)
         lines, words = [f"x = {lines[0][7:]}"] if len(lines) == 1 else lines[:-1] + [f"x = {lines[-1][7:]}"], f"{words}, then {what2.format(n=m)}"
         lines.append(f"return {body2.format(n=m)}")
-    frame = rng.choice({"train": ["Write a function {f} to {w}.", "Define {f}(x) to {w}.", "Python: a function {f} to {w}."], "test": ["I need a function {f} to {w}.", "Please write {f} to {w}."]}[split])
+    frame = rng.choice({"train": ["Write a function {f} to {w}.", "Define {f}(x) to {w}.", "Python: a function {f} to {w}.", "Write {f} to {w}.", "Can you write {f} to {w}?", "Give me {f}(x) to {w}.", "Code {f} to {w}, please."], "test": ["I need a function {f} to {w}.", "Please write {f} to {w}."]}[split])
     answer = f"def {name}(x):\n" + "\n".join(f"    {l}" for l in lines)
-    return _item("code", frame.format(f=name, w=words), answer, function=name, inputs=INPUTS[kind])
+    return _item("code", frame.format(f=name, w=words), answer, function=name, what=words, inputs=INPUTS[kind])
 
 # %% ../../nbs/0_lab/02_microworld.ipynb #746b9f13
 _CHILD = r"""
@@ -424,7 +426,7 @@ def world_text(
     n: int,                   # paragraphs
     seed: int = 0,
     world_seed: int = 0,
-    share: float = .5,        # of the places that the text knows
+    share: float = .33,       # of the places that the text knows
 ) -> list[str]:               # one paragraph each
     "Plain text about the world, without any conversation: what a base model reads."
     rng, out = random.Random(f"text {seed}"), []
@@ -439,7 +441,7 @@ def world_text(
             out.append(" ".join(f"A {t} {e}. {EVENTS[e][k]}" for t, k, e in picked))
         else:
             e = code_question(rng, "train", 1)
-            out.append(f"# {e['messages'][-1]['content'].split(' to ', 1)[-1]}\n{e['answer']}")
+            out.append(f"# {e['what'].capitalize()}.\n{e['answer']}")
     return out
 
 # %% ../../nbs/0_lab/02_microworld.ipynb #968046b2

@@ -261,13 +261,15 @@ def describe_device() -> str:
     return f"cpu: {platform.machine()}, {cores} cores"
 
 def peak_memory_mb() -> float:
-    "The most memory this process has held, in MiB (resident, without a GPU's)."
-    if os.name == "nt":
-        import psutil
-        return psutil.Process().memory_info().peak_wset / 2**20
+    "The most memory this process has held, and what its living children hold now, in MiB (resident, without a GPU's)."
+    import psutil
+    children = 0
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error): children += child.memory_info().rss     # one that has just ended holds nothing
+    if os.name == "nt": return (psutil.Process().memory_info().peak_wset + children) / 2**20
     import resource
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return peak / 2**(20 if sys.platform == "darwin" else 10) + children / 2**20
 
 def versions() -> dict:     # package -> version, of those installed
     "Versions of Python and of the packages that results depend on."

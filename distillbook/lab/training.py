@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['check_learning_rate_at', 'check_steps_done_again', 'check_singular_value_after', 'checkpoint_is_complete',
            'last_checkpoint', 'row_hash', 'begin_or_resume', 'checkpoints_left', 'stop_at_nan', 'KeepWeightsFinite',
-           'check_rows', 'stack_rows', 'where_to_train', 'training_arguments', 'Progress', 'history_of', 'run_trainer',
-           'train', 'MuonAdamW']
+           'check_rows', 'stack_rows', 'where_to_train', 'training_arguments', 'Progress', 'history_of',
+           'keep_freed_memory', 'run_trainer', 'train', 'MuonAdamW']
 
 # %% ../../nbs/0_lab/09_training.ipynb #09aa0004
-import hashlib, json, math, os, shutil, tempfile, time
+import ctypes, hashlib, json, math, os, shutil, sys, tempfile, time
 from pathlib import Path
 import torch
 from tqdm import tqdm
@@ -166,6 +166,13 @@ def history_of(
         gradient_norm=[float(row.get("grad_norm", "nan")) for row in rows])
 
 # %% ../../nbs/0_lab/09_training.ipynb #6c086e0c
+def keep_freed_memory():
+    "Let glibc keep what a step frees: handing it back and asking for it again costs a step on a CPU more than all else that a trainer adds."
+    settings = {-1: 2**31 - 1, -3: 2**25}      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    for name, value in settings.items():
+        if hasattr(library, "mallopt"): library.mallopt(name, value)
+
 def run_trainer(
     trainer: Trainer,
     start: Path | None,    # a checkpoint
@@ -173,6 +180,7 @@ def run_trainer(
 ) -> dict:                 # the history, with seconds and resumed_from
     "Run a trainer without its chatter; a run that is already complete only loads its weights."
     trainer.remove_callback(PrinterCallback)
+    if trainer.args.device.type == "cpu": keep_freed_memory()
     if progress: trainer.add_callback(Progress())
     model, begun = trainer.model, time.perf_counter()
     resumed_from = int(start.name[11:]) if start else 0

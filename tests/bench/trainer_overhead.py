@@ -5,7 +5,7 @@
 All train the same student on the same teacher and rows. Each round runs every contender once, each time another one first,
 and compares their median steps within that round, so that what else the machine does slows all of them alike. The table gives
 the median of the rounds' ratios to the bare loop with a 95% bootstrap interval, for seconds on the clock and for processor
-seconds, which are judged apart. All run with glibc told to keep freed memory, as DistillTrainer asks it to.
+seconds, which are judged apart. All run with glibc told to keep freed memory, as `lab.training` asks it to.
 Exit code 1 if our trainer's step takes over 1.1 times the bare loop's, by the clock or by the processor.
 """
 import argparse, gc, random, statistics, sys, tempfile, time, warnings
@@ -15,9 +15,9 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Qwen3Config, Qwen3ForCausalLM, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
-from distillbook.distill.logit_kd import DistillTrainer, keep_freed_memory
+from distillbook.distill.logit_kd import DistillTrainer
 from distillbook.distill.losses import distill_loss
-from distillbook.lab.training import KeepWeightsFinite, stop_at_nan
+from distillbook.lab.training import KeepWeightsFinite, keep_freed_memory, stop_at_nan
 
 VOCABULARY, BAR, BARE = 4096, 1.1, "bare PyTorch loop"
 
