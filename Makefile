@@ -5,7 +5,7 @@ BOOK := $(BIN)/distillbook
 PINS := constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help run test lab export outputs gpu clean
+.PHONY: help run test lab check export outputs gpu clean distclean
 .DEFAULT_GOAL := help
 
 help:            ## show this list
@@ -19,7 +19,10 @@ test: .venv/.ready-all     ## the whole test suite
 	@$(BIN)/python -m pytest
 
 lab: .venv/.ready-all      ## JupyterLab on the course
-	@$(BIN)/jupyter lab nbs/0_lab/00_settings.ipynb
+	@$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" nbs/0_lab/00_settings.ipynb
+
+check: .venv/.ready-all    ## install everything, then check this machine
+	@$(BOOK) doctor
 
 export: .venv/.ready-run   ## write distillbook/ from the notebooks, clean them, write README.md and data/SHA256SUMS (for authors)
 	@$(BIN)/nbdev-export && $(BIN)/nbdev-clean
@@ -33,9 +36,12 @@ gpu: .venv/.ready-all      ## run every notebook at the gpu profile, keep its re
 	@$(BIN)/python -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu needs a CUDA device, and torch sees none')"
 	@$(BOOK) outputs --profile gpu
 
-clean:           ## remove .venv and caches; runs and their records stay
-	rm -rf .venv runs/cache *.egg-info build .pytest_cache .hypothesis
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+clean:           ## remove caches; .venv, runs and their records stay
+	rm -rf runs/cache build .pytest_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove .venv too; installing again needs the network, or the wheels
+	rm -rf .venv *.egg-info
 
 # A virtual environment made with the first Python from 3.11 to 3.13 that answers; PYTHON=... picks another.
 .venv/bin/python:
@@ -43,7 +49,7 @@ clean:           ## remove .venv and caches; runs and their records stay
 	  if $$python -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then \
 	    echo "making .venv with $$($$python --version)"; exec $$python -m venv --clear .venv; fi; done; \
 	echo "distillbook needs Python 3.11, 3.12 or 3.13 with its venv module, and none was found." >&2; \
-	echo "Install one (Debian and Ubuntu: apt install python3 python3-venv), or name one: make run PYTHON=/path/to/python3.12" >&2; exit 1
+	echo "Install one (Debian and Ubuntu: apt install python3 python3-venv; macOS: xcode-select --install, then brew install python@3.12), or name one: make run PYTHON=/path/to/python3.12" >&2; exit 1
 
 # Each stamp is newer than the pins that it was installed from, so a second call installs nothing.
 .venv/.ready-run: $(PINS) pyproject.toml | .venv/bin/python

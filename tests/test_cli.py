@@ -104,10 +104,18 @@ def test_claims_shows_the_whole_ledger():
 def test_doctor_has_a_line_for_each_check():
     done = book("doctor")
     lines = done.stdout.splitlines()
-    assert all(line.startswith(("[OK]", "[FAIL]")) for line in lines[:-1]) and len(lines) > 20
+    assert all(line.startswith(("[OK]", "[skip]", "[FAIL]")) for line in lines[:-1]) and len(lines) > 20
     failed = [line for line in lines if line.startswith("[FAIL]")]
     assert done.returncode == bool(failed)
     assert not failed, "\n".join(failed)
+
+def test_a_missing_extra_is_skipped_and_a_missing_jupyterlab_is_not(monkeypatch):
+    from importlib import metadata
+    from distillbook.lab.cli import Skipped, check_package
+    monkeypatch.setattr(metadata, "version", lambda name: (_ for _ in ()).throw(metadata.PackageNotFoundError(name)))
+    with pytest.raises(Skipped, match="make check"): check_package("trl", "1.0", True)
+    for name, optional in (("jupyterlab", True), ("torch", False)):
+        with pytest.raises(RuntimeError, match="not installed"): check_package(name, "1.0", optional)
 
 def test_doctor_names_what_is_wrong(tmp_path):
     "A project without models, with another pin: both are named, and the exit code says so."

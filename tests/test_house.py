@@ -87,6 +87,12 @@ def test_notebooks_are_small_and_nothing_is_hidden_from_execution(path):
         assert len(source(cell).splitlines()) <= 45, f"{name(path)}, code cell {i + 1} has {len(source(cell).splitlines())} lines"
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=name)
+def test_answers_to_exercises_are_folded(path):
+    for cell in cells(path, "code"):
+        if source(cell).startswith("#| export") and re.search(r"^check_\w+ = Exercise\(", source(cell), re.M):
+            assert cell["metadata"].get("jupyter", {}).get("source_hidden"), f"{name(path)} shows the answers: {source(cell)[:60]}"
+
+@pytest.mark.parametrize("path", CHAPTERS, ids=name)
 def test_a_chapter_has_its_title_and_promise(path):
     first = source(cells(path)[0]).splitlines()
     assert cells(path)[0]["cell_type"] == "markdown" and first[0].startswith("# ") and first[1].startswith("> "), name(path)

@@ -147,3 +147,13 @@ def test_base_text_has_no_conversation_and_only_train_people():
     assert "<|" not in text and "You are" not in text and "Rules:" not in text
     words = set(re.findall(r"\w+", text))
     assert words & set(PEOPLE["train"]) and not words & set(PEOPLE["test"])
+
+def test_a_system_that_refuses_a_limit_on_memory_still_runs_functions(monkeypatch):
+    "As macOS does."
+    import resource
+    real = resource.setrlimit
+    def refuses(what, values):
+        if what == resource.RLIMIT_AS: raise ValueError("current limit exceeds maximum limit")
+        real(what, values)
+    monkeypatch.setattr(resource, "setrlimit", refuses)
+    assert run_function("def f(x): return x + 1", "f", [1, 2]) == ["2", "3"]

@@ -8,14 +8,14 @@ __all__ = ['MEASURE_COLUMNS', 'CLAIM_COLUMNS', 'VERDICT_STYLES', 'app', 'Overrid
            'explain_failure', 'Outcome', 'write_json', 'execute', 'number', 'interval', 'measure_row', 'claim_row',
            'console', 'print_table', 'complain', 'print_record', 'run_command', 'grid', 'sweep_rows', 'sweep',
            'sweep_command', 'reference_record', 'notebook_title', 'header_numbers', 'list_command', 'claims_command',
-           'claims_table', 'newest_run', 'report_command', 'read_constraints', 'check_python', 'check_package',
-           'check_torch', 'check_memory', 'check_disk', 'check_write', 'check_model', 'data_files', 'data_sums',
-           'write_sums', 'check_data', 'check_kernel', 'doctor_checks', 'doctor_command', 'store_outputs',
-           'clean_notebook', 'set_header', 'stale_notebooks', 'refresh_outputs', 'readme_text', 'write_readme',
-           'outputs_command']
+           'claims_table', 'newest_run', 'report_command', 'read_constraints', 'Skipped', 'check_python',
+           'check_package', 'check_torch', 'check_memory', 'check_disk', 'check_write', 'check_model', 'data_files',
+           'data_sums', 'write_sums', 'check_data', 'check_kernel', 'check_answers', 'doctor_checks', 'doctor_command',
+           'store_outputs', 'clean_notebook', 'set_header', 'stale_notebooks', 'refresh_outputs', 'readme_text',
+           'write_readme', 'outputs_command']
 
 # %% ../../nbs/0_lab/07_cli.ipynb #1dacf57b
-import contextlib, hashlib, itertools, json, os, re, shutil, sys, tempfile, time
+import contextlib, hashlib, itertools, json, math, os, re, shutil, sys, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -381,7 +381,7 @@ def header_numbers(
     smoke, laptop = reference_record(chapter, "smoke"), reference_record(chapter, "laptop")
     if not smoke or not laptop: return ""
     seconds = 5*max(1, -(-smoke["seconds"]//5))
-    minutes, gigabytes = max(1, round(laptop["seconds"]/60 + 0.2)), max(0.1, laptop["peak_memory_mb"]/1000)
+    minutes, gigabytes = max(1, math.ceil(laptop["seconds"]/60)), max(0.1, laptop["peak_memory_mb"]/1000)
     return f"smoke {seconds:.0f} s, laptop {minutes} min, {gigabytes:.1f} GB"
 
 @app.command("list")
@@ -404,7 +404,7 @@ def claims_command(
 ):
     "The ledger: what the documents claim, and the verdicts of the reference runs."
     with _usage(): rows = claims_table()
-    print_table("claims", ("claim", "verdict", "profile", "effect", "95% interval", "chapter", "what it says"), [r for r in rows if verdict in ("", r[1])])
+    print_table("claims", ("claim", "verdict", "profile", "effect", "95% interval", "threshold", "chapter", "what it says"), [r for r in rows if verdict in ("", r[1])])
 
 def claims_table() -> list[tuple]:
     "One row per claim and profile with a verdict; one row for a claim without any."
@@ -414,11 +414,11 @@ def claims_table() -> list[tuple]:
     for path in sorted((project_root()/"data"/"records").glob("*/*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         for c in record["claims"]: found.setdefault(c["id"], []).append((record, c))
-    def row(claim, record, c): return (claim["id"], c["verdict"], record["profile"], number(c["effect"]), interval(c["low"], c["high"]), record["chapter"], claim["claim"])
+    def row(claim, record, c): return (claim["id"], c["verdict"], record["profile"], *claim_row(c)[2:5], record["chapter"], claim["claim"])
     rows = []
     for claim in claims_ledger():
         verdicts = [row(claim, record, c) for record, c in found.get(claim["id"], []) if record["profile"] != "smoke"]
-        rows += verdicts or [(claim["id"], "no run yet", "", "", "", str(claim.get("chapter") or ""), claim["claim"])]
+        rows += verdicts or [(claim["id"], "no run yet", "", "", "", "", str(claim.get("chapter") or ""), claim["claim"])]
     return rows
 
 # %% ../../nbs/0_lab/07_cli.ipynb #dfb73ebe
@@ -447,6 +447,8 @@ def read_constraints(
     lines = (line.split("#")[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
     return dict(line.split("==") for line in lines if "==" in line)
 
+class Skipped(Exception): "A check of something that the machine may do without."
+
 def check_python():
     if not (3, 11) <= sys.version_info[:2] <= (3, 13): raise RuntimeError(f"{sys.version.split()[0]} at {sys.executable}; the book needs 3.11, 3.12 or 3.13")
     return f"{sys.version.split()[0]} at {sys.executable}"
@@ -455,7 +457,8 @@ def check_package(name: str, wanted: str, optional: bool):
     from importlib import metadata
     try: have = metadata.version(name).split("+")[0]
     except metadata.PackageNotFoundError:
-        if optional: return "not installed; make lab and make test install it, while there is a network"
+        if name == "jupyterlab": raise RuntimeError("not installed; make check installs it, while there is a network") from None
+        if optional: raise Skipped("not installed; make check installs it, while there is a network") from None
         raise RuntimeError(f"not installed; pip install -c constraints.txt {name}") from None
     if have != wanted: raise RuntimeError(f"{have} is installed, the book is tested with {wanted}; pip install -c constraints.txt {name}")
     return have
@@ -467,7 +470,7 @@ def check_torch():
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU, which is fine"
     return f"computes with {torch.get_num_threads()} threads; {gpu}"
 
-def check_memory(least: float = 4.):
+def check_memory(least: float = 3.):
     import psutil
     free = psutil.virtual_memory().available/1e9
     if free < least: raise RuntimeError(f"{free:.1f} GB free, {least:.0f} GB needed: close other programs")
@@ -531,6 +534,12 @@ def check_kernel():
     if used != sys.executable: raise RuntimeError(f"the kernel python3 starts {used or 'nothing'}, not {sys.executable}; python -m ipykernel install --sys-prefix")
     return "the kernel python3 starts and is this Python"
 
+def check_answers():
+    from distillbook.lab.microworld import run_function
+    got = run_function("def f(x): return x + 1", "f", [1])
+    if got != ["2"]: raise RuntimeError(f"a function that a model writes cannot be run: {got}")
+    return "functions that a model writes can be run"
+
 def doctor_checks() -> list[tuple]:
     "Name and function of every check, the cheap ones first."
     from distillbook.lab.settings import project_root
@@ -542,15 +551,16 @@ def doctor_checks() -> list[tuple]:
                 for names, optional in ((needed, False), (extra, True)) for name in names]
     models = [(f"model {name}", lambda name=name: check_model(name)) for name in ("base", "teacher")]
     return [("python", check_python), *packages, ("memory", check_memory), ("disk", check_disk), ("write access", check_write),
-            ("data", check_data), ("torch", check_torch), *models, ("kernel", check_kernel)]
+            ("data", check_data), ("torch", check_torch), *models, ("answers", check_answers), ("kernel", check_kernel)]
 
 @app.command("doctor")
 def doctor_command():
-    "Check this machine: [OK] or [FAIL] for each thing that a chapter needs; exit code 1 if anything failed."
+    "Check this machine: [OK], [skip] or [FAIL] for each thing that a chapter uses; exit code 1 if anything failed."
     failed = 0
     with _usage(): checks = doctor_checks()
     for name, check in checks:
         try: mark, said = "[OK]  ", check()
+        except Skipped as reason: mark, said = "[skip]", f"{reason}"
         except Exception as error: mark, said, failed = "[FAIL]", f"{error}", failed + 1
         print(f"{mark} {name}: {said}", flush=True)
     print(f"{failed} of {len(checks)} checks failed" if failed else f"ready: {len(checks)} checks", flush=True)

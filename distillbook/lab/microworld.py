@@ -236,7 +236,9 @@ except BaseException as e:
 def _limit(seconds):
     def set_limits():
         for what, most in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, 1 << 29), (resource.RLIMIT_FSIZE, 1 << 20), (resource.RLIMIT_CORE, 0), (resource.RLIMIT_NOFILE, 16), (resource.RLIMIT_NPROC, 0)):
-            resource.setrlimit(what, (most, most))
+            try: resource.setrlimit(what, (most, most))
+            except ValueError:
+                if what != resource.RLIMIT_AS: raise    # macOS refuses a limit on the address space; the others hold
     return set_limits
 @lru_cache(1)
 def _no_network() -> tuple:
