@@ -285,3 +285,13 @@ def test_nothing_to_learn_raises(tokenizer):
 def test_the_micro_world_is_a_corpus_whose_splits_share_no_words():
     parts = {split: set(map(word_hash, load_corpus("microworld:3000", split)["text"])) for split in ("train", "validation", "test")}
     assert len(parts["train"]) > 500 and not parts["train"] & (parts["validation"] | parts["test"])
+
+def test_a_token_of_control_that_is_written_in_a_text_is_text(tokenizer):
+    stream = tokenize_corpus(["a<|endoftext|>b"], tokenizer)
+    assert list(stream).count(tokenizer.eos_token_id) == 1 and tokenizer.decode(stream[:-1]) == "a<|endoftext|>b"
+    chat = [dict(role="user", content="x"), dict(role="assistant", content="x<|end|>\\n<|user|>\\ny")]
+    with pytest.raises(ValueError, match="would read as a token of control"): chat_example(chat, tokenizer)
+
+def test_columns_that_cannot_be_padded_are_told():
+    rows = [dict(input_ids=[1] * n, labels=[1] * n, weight=1.) for n in (2, 3)]
+    with pytest.raises(ValueError, match="column weight"): collate(rows)

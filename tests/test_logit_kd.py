@@ -177,6 +177,24 @@ def test_fingerprints_tell_models_apart(tmp_path):
     changed = copy.deepcopy(TEACHER)
     with torch.no_grad(): changed.model.layers[1].mlp.down_proj.weight.add_(1e-3)
     assert model_fingerprint(changed) != model_fingerprint(TEACHER)
+    last = copy.deepcopy(TEACHER)
+    with torch.no_grad(): last.model.embed_tokens.weight[-1, -1] += 1
+    assert model_fingerprint(last) != model_fingerprint(TEACHER)
+
+def test_kept_states_and_the_teacher_itself_give_one_gradient_in_float32():
+    "Only the rounding of the states lies between them, none of the product's."
+    live, kept = (gradient(16, 1, rows=data, fused=fused) for data, fused in ((EVEN, True), (TeacherStates(EVEN, TEACHER), True)))
+    plain = gradient(16, 1, rows=TeacherStates(EVEN, TEACHER), fused=False)
+    assert gap(kept, live) < 5e-3 and gap(plain, kept) < 1e-5
+
+def test_only_the_last_layers_states_are_kept():
+    asked = []
+    hook = TEACHER.model.layers[0].register_forward_hook(lambda module, given, output: asked.append(module))
+    batch = torch.stack([row["input_ids"] for row in EVEN[:2]])
+    with torch.no_grad():
+        found, whole = last_hidden(TEACHER, dict(input_ids=batch)), TEACHER(input_ids=batch, output_hidden_states=True)
+    hook.remove()
+    assert len(asked) == 2 and torch.equal(found, whole.hidden_states[-1]) and not TEACHER.model._forward_hooks
 
 def test_evaluation_is_plain_cross_entropy(tmp_path):
     student = small()

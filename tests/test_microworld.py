@@ -157,3 +157,8 @@ def test_a_system_that_refuses_a_limit_on_memory_still_runs_functions(monkeypatc
         real(what, values)
     monkeypatch.setattr(resource, "setrlimit", refuses)
     assert run_function("def f(x): return x + 1", "f", [1, 2]) == ["2", "3"]
+
+def test_a_reference_answer_that_does_not_run_is_an_error_and_no_wrong_answer(monkeypatch):
+    e = examples("code", 1)[0]
+    monkeypatch.setattr("distillbook.lab.microworld.run_function", lambda *given: "stopped by a limit (exit status 1)")
+    with pytest.raises(RuntimeError, match="nothing can be judged"): check(e, e["answer"])

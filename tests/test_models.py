@@ -218,3 +218,11 @@ def test_stories260k_writes_stories_in_batches():
     alone = generate(model, tokenizer, prompts, 24, batch_size=1, progress=False)
     assert generate(model, tokenizer, prompts, 24, progress=False) == alone      # it has no padding token of its own
     assert "there was a little" in alone[0]
+
+def test_a_models_own_settings_of_generation_stay_out_and_come_back():
+    model = small()
+    plain = generate(model, TOKENIZER, QUESTIONS, 8, progress=False)
+    model.generation_config.repetition_penalty, model.generation_config.min_new_tokens = 50., 8
+    assert generate(model, TOKENIZER, QUESTIONS, 8, progress=False) == plain
+    assert model.generation_config.repetition_penalty == 50.
+    with pytest.raises(ValueError, match="temperature -1"): generate(model, TOKENIZER, QUESTIONS, 8, temperature=-1)

@@ -116,6 +116,13 @@ def test_a_record_comes_back_equal(run, tmp_path):
     assert data["measures"][1]["low"] is None and data["claims"][0]["threshold"] == [0, 1] and data["claims"][1]["effect"] is None
     assert list(data) == "chapter profile parameters seeds measures claims versions code_hash data_hashes device seconds peak_memory_mb".split()
 
+def test_a_run_of_ones_own_keeps_plain_values_and_refuses_others_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("DISTILLBOOK_RUN", str(tmp_path))
+    run = start_run("my_own_experiment", dict(rate=.1, words="a", module=np, path=Path("x"), _hidden=1))
+    assert run.record.parameters == dict(rate=.1, words="a") and run.finish().seconds >= 0
+    values = runs.notebook_parameters(runs.notebook_path("00_settings"))
+    with pytest.raises(TypeError, match="these are not: draws"): start_run("00_settings", {**values, "draws": Path("x")})
+
 def test_the_memory_of_children_counts():
     before = runs.peak_memory_mb()
     child = subprocess.Popen([sys.executable, "-c", "held = b'x' * 200_000_000; print('ready', flush=True); input()"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -289,6 +296,33 @@ def test_the_key_follows_the_book_but_not_other_libraries():
         return interval(x)
     parts = json.dumps([fingerprint(uses), fingerprint(imports_inside)])
     assert parts.count("distillbook.lab.runs._numbers") == 2 and "scipy.stats" not in json.dumps(fingerprint(uses)[0])
+
+def test_every_lambda_closure_default_and_class_attribute_counts():
+    def make(n):
+        add, times = (lambda x: x + 1), eval(f"lambda x: x * {n}")
+        def step(x): return add(times(x))
+        return step
+    assert cache_key(make(2), {}) != cache_key(make(3), {})
+    def adder(n):
+        def add(x): return x + n
+        return add
+    def two(n):
+        first, second = adder(1), adder(n)
+        def step(x): return first(second(x))
+        return step
+    assert cache_key(two(2), {}) != cache_key(two(3), {})
+    def default(rate):
+        def step(x, lr=rate): return x * lr
+        return step
+    assert cache_key(default(1), {}) != cache_key(default(2), {}) and cache_key(default(1), {}) == cache_key(default(1), {})
+    def kept(rate):
+        class Settings: lr = rate
+        def step(x): return x * Settings.lr
+        return step
+    assert cache_key(kept(1), {}) != cache_key(kept(2), {})
+
+def test_a_number_is_not_its_text_and_order_in_a_dict_is_nothing():
+    assert fingerprint(1.5) != fingerprint("1.5") and fingerprint(dict(a=1, b=2)) == fingerprint(dict(b=2, a=1)) != fingerprint(dict(a=2, b=1))
 
 def test_closures_and_partials_count():
     import functools

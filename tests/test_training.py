@@ -53,10 +53,10 @@ def test_resuming_ends_where_the_whole_run_ends(tmp_path, optimizer):
     assert sorted(f.name for f in tmp_path.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
     (tmp_path/"checkpoint-12"/"trainer_state.json").write_text("{")       # killed while it was written
     assert last_checkpoint(tmp_path).name == "checkpoint-8"
-    resumed = train(second := small(seed=3), rows(), tmp_path, **options)
+    resumed = train(second := small(), rows(), tmp_path, **options)
     assert resumed["resumed_from"] == 8 and resumed["loss"] == whole["loss"]
     assert torch.equal(weights(first), weights(second))
-    done = train(third := small(seed=4), rows(), tmp_path, **options)
+    done = train(third := small(), rows(), tmp_path, **options)
     assert done["resumed_from"] == 12 and done["loss"] == whole["loss"] and torch.equal(weights(first), weights(third))
 
 @pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt", "model.safetensors", "trainer_state.json"])
@@ -68,22 +68,39 @@ def test_a_checkpoint_without_a_part_is_skipped(tmp_path, missing):
 def test_another_runs_checkpoints_are_not_continued(tmp_path):
     train(small(), rows(), tmp_path, steps=4, **FAST)
     with pytest.raises(ValueError, match="learning_rate was 0.001, is 0.01.*resume=False"): train(small(), rows(), tmp_path, steps=4, learning_rate=.01, **FAST)
-    with pytest.raises(ValueError, match="first_row was"): train(small(), rows()[1:] + rows()[:1], tmp_path, steps=4, **FAST)
+    with pytest.raises(ValueError, match="data was"): train(small(), rows()[1:] + rows()[:1], tmp_path, steps=4, **FAST)
+    labels = [*rows()[:-1], dict(rows()[-1], labels=torch.full_like(rows()[-1]["labels"], -100))]
+    with pytest.raises(ValueError, match="data was"): train(small(), labels, tmp_path, steps=4, **FAST)
+    other = small()
+    with torch.no_grad(): other.model.norm.weight[-1] += .1
+    with pytest.raises(ValueError, match="start was"): train(other, rows(), tmp_path, steps=4, **FAST)
+    with pytest.raises(ValueError, match="arguments was"): train(small(), rows(), tmp_path, steps=4, **(FAST | dict(arguments=dict(weight_decay=.5))))
     again = train(small(), rows(), tmp_path, steps=4, learning_rate=.01, resume=False, **FAST)
     assert again["resumed_from"] == 0
 
+def test_a_model_stopped_half_way_goes_on_in_the_same_process(tmp_path):
+    "Its weights have moved since the training began: the checkpoint's are taken all the same."
+    whole = train(first := small(), rows(), None, steps=12, **FAST)
+    model, calls = small(), []
+    def stop(*given):
+        calls.append(1)
+        if len(calls) == 10: raise KeyboardInterrupt
+    hook = model.model.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt): train(model, rows(), tmp_path, steps=12, save_steps=4, **FAST)
+    hook.remove()
+    resumed = train(model, rows(), tmp_path, steps=12, save_steps=4, **FAST)
+    assert resumed["resumed_from"] == 8 and torch.equal(weights(first), weights(model))
+
 def test_nan_stops_with_its_step_and_keeps_what_was_good(tmp_path):
-    class Poison(list):
-        "From the ninth row that is read on, the weights below are no longer numbers."
-        def __getitem__(self, i):
-            row = super().__getitem__(i)
-            self.read = getattr(self, "read", 0) + 1
-            if self.read > 8*4 + 8:
-                with torch.no_grad(): model.model.norm.weight.fill_(float("nan"))
-            return row
-    model = small()
+    model, calls = small(), []
+    def poison(*given):
+        "From the fifth batch on, the weights are no longer numbers."
+        calls.append(1)
+        if len(calls) > 4:
+            with torch.no_grad(): model.model.norm.weight.fill_(float("nan"))
+    model.model.register_forward_pre_hook(poison)
     with pytest.raises(FloatingPointError, match=r"the loss is nan at step \d+ of 40.*learning rate.*last good checkpoint is .*checkpoint-\d"):
-        train(model, Poison(rows()), tmp_path, steps=40, save_steps=2, **FAST)
+        train(model, rows(), tmp_path, steps=40, save_steps=2, **FAST)
     kept = load_model(last_checkpoint(tmp_path))
     assert torch.isfinite(weights(kept)).all()
 
@@ -92,7 +109,26 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         train(small(), rows(), tmp_path, steps=1, learning_rate=float("inf"), warmup=0, **FAST)
     assert not list(tmp_path.glob("checkpoint-*"))
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_no_autocast_stays_around_a_trained_model(precision):
+    train(model := small(), rows(), None, steps=2, **(FAST | dict(precision=precision)))
+    with torch.no_grad(): trained = model(input_ids=rows()[0]["input_ids"][None]).logits
+    copy = small()
+    copy.load_state_dict(model.state_dict())
+    with torch.no_grad(): assert torch.equal(copy.eval()(input_ids=rows()[0]["input_ids"][None]).logits, trained)
+
+def test_devices_that_are_not_there_are_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for device in ("cuda", "gpu"):
+        with pytest.raises(ValueError, match="device"): train(small(), rows(), None, steps=1, device=device)
+    monkeypatch.setattr("distillbook.lab.training.pick_device", lambda name: name)
+    with pytest.raises(ValueError, match="CUDA_VISIBLE_DEVICES"): where_to_train("cuda:1", "float32")
+
 def test_bad_rows_are_told():
+    with pytest.raises(ValueError, match="row 0 of the dataset has no token"): train(small(), [dict(input_ids=[], labels=[])], None, steps=1)
+    for ids, labels, said in (([-1, 2], [1, 2], "the token -1"), ([1, 2], [1, 99_999], "the label 99999")):
+        with pytest.raises(ValueError, match=said): train(small(), [dict(input_ids=ids, labels=labels)], None, steps=1)
+    with pytest.raises(ValueError, match="steps >= 1"): train(small(), rows(), None, steps=0)
     with pytest.raises(ValueError, match="no rows"): train(small(), [], None, steps=1)
     with pytest.raises(ValueError, match="row 0 of the dataset has no labels"): train(small(), [dict(input_ids=torch.tensor([1]))], None, steps=1)
     too_large = dict(input_ids=torch.tensor([9, 9_999]), labels=torch.tensor([9, 9]))

@@ -20,7 +20,7 @@ from .losses import KINDS, count_tokens, distill_loss, fused_kd_loss
 from ..lab.exercises import Exercise
 from ..lab.models import check_same_vocabulary, evaluating, load_model, load_tokenizer, model_place, tiny_qwen3
 from ..lab.settings import autocast
-from ..lab.training import row_hash, train
+from ..lab.training import row_hash, train, weights_hash
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #b36b7ebb
 def random_student(
@@ -43,8 +43,12 @@ def last_hidden(
     model: PreTrainedModel,   # or the same model as an accelerator wraps it
     inputs: dict,             # input_ids and whatever else the model takes, without labels
 ) -> Tensor:                  # [batch, seq, width], what the output layer receives
-    "A model short of its output layer, by way of its own forward, so that wrappers see the call."
-    return model(**(inputs | dict(use_cache=False, output_hidden_states=True, logits_to_keep=1))).hidden_states[-1]
+    "What a model's body gives, by way of the whole model's forward, so that wrappers see the call; no other layer's states are kept."
+    found, body = [], getattr(model, "module", model).base_model
+    hook = body.register_forward_hook(lambda module, given, output: found.append(output.last_hidden_state))
+    try: model(**(inputs | dict(use_cache=False, logits_to_keep=1)))
+    finally: hook.remove()
+    return found[0]
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #e24b0d40
 def output_weight(
@@ -68,10 +72,13 @@ def _beside_the_product(model, layer):
         return torch.cat([torch.zeros_like(probe[:1]), probe])[None].to(inputs[0].dtype)
     hook = layer.register_forward_pre_hook(swap)
     try:
-        with evaluating(model): output = model(input_ids=torch.arange(4, device=weight.device)[None], use_cache=False, output_hidden_states=True)
+        with evaluating(model):
+            four = dict(input_ids=torch.arange(4, device=weight.device)[None])
+            output = model(**four, use_cache=False)
     finally: hook.remove()
+    with evaluating(model): body = last_hidden(model, four)
     if not received: return "the output layer is not called"
-    if not torch.allclose(received[0], output.hidden_states[-1], rtol=.02, atol=1e-3, equal_nan=True): return "the layer does not receive the last hidden states"
+    if not torch.allclose(received[0], body, rtol=.02, atol=1e-3, equal_nan=True): return "the layer does not receive the last hidden states"
     if output.logits[0, 0].any(): return "a bias: nothing in, something out"
     ours, theirs = (probe @ weight.T).float(), output.logits[0, 1:].float()
     return "" if (ours - theirs).abs().max() < 1 else f"a scale or a cap: {theirs.abs().max():.3g} where the product is 100"
@@ -80,13 +87,10 @@ def _beside_the_product(model, layer):
 def model_fingerprint(
     model: PreTrainedModel | None,
 ) -> str | None:          # 12 hexadecimal digits
-    "Which model this is: a hash of its class and of each tensor's name, shape and first numbers."
+    "Which model this is: a hash of its configuration and of its weights."
     if model is None: return None
-    digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in model.state_dict().items():
-        numbers = [] if tensor.is_meta else tensor.flatten()[:64].float().tolist()
-        digest.update(f"{name} {list(tensor.shape)} {numbers}".encode())
-    return digest.hexdigest()[:12]
+    config = {name: value for name, value in model.config.to_dict().items() if name not in ("use_cache", "_name_or_path", "transformers_version", "architectures", "dtype")}
+    return hashlib.sha256(f"{json.dumps(config, sort_keys=True, default=str)} {weights_hash(model)}".encode()).hexdigest()[:12]
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #fae5ebde
 class TeacherStates(Dataset):
@@ -208,7 +212,8 @@ def teacher_logits(
     "The teacher's logits, from kept hidden states or from the teacher."
     if teacher is None: return None
     if states is None: return teacher.eval()(**(inputs | dict(use_cache=False))).logits
-    return states @ teacher.get_output_embeddings().weight.to(states.dtype).T
+    weight = teacher.get_output_embeddings().weight
+    return states.to(weight.dtype) @ weight.T      # under autocast in bfloat16, else as the teacher itself would
 
 # %% ../../nbs/2_distill/21_logit_kd.ipynb #7910671d
 def distill(

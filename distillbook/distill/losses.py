@@ -262,9 +262,9 @@ def _add_product(total, grad, inputs):
     else: total += grad.T @ inputs
 
 def _output_layer(weight, vocabulary_size, hidden):
-    "The rows of real tokens, in the type that autocast would multiply in, or the hidden states' own; float32 for float16."
+    "The rows of real tokens, in the type that autocast would multiply in, or the wider one of layer and hidden states; float32 for float16."
     kind = hidden.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.promote_types(hidden.dtype, weight.dtype)
     return real_vocabulary(weight.detach().T, vocabulary_size).T.to(torch.float32 if dtype == torch.float16 else dtype)
 
 # %% ../../nbs/2_distill/20_losses.ipynb #6bcb21d5

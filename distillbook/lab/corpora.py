@@ -312,13 +312,13 @@ def tokenize_corpus(
     tokenizer,                 # with an end-of-sequence token
     batch_size: int = 2000,    # documents at a time
 ) -> np.ndarray:               # [tokens], int32: document, eos, document, eos, ...
-    "One long stream of tokens; every document is followed by the end-of-sequence token."
+    "One long stream of tokens; every document is followed by the end-of-sequence token, and one that is only written in a text is text."
     texts = list(dataset["text"]) if isinstance(dataset, Dataset) else list(dataset)
     if not any(texts): raise ValueError("nothing to tokenize: the corpus has no text")
     if tokenizer.eos_token_id is None: raise ValueError("the tokenizer has no eos_token to put between documents")
     parts = []
     for start in tqdm(range(0, len(texts), batch_size), desc="tokenizing", disable=len(texts) <= batch_size):
-        found = tokenizer(texts[start:start+batch_size], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        found = tokenizer(texts[start:start+batch_size], add_special_tokens=False, split_special_tokens=True, return_attention_mask=False, verbose=False)
         for ids in found["input_ids"]: parts += [np.array(ids, np.int32), np.array([tokenizer.eos_token_id], np.int32)]
     return np.concatenate(parts)
 
@@ -391,6 +391,8 @@ def collate(
     pad_token_id: int = 0,    # any token will do: nothing looks at it
 ) -> dict:                    # tensors [rows, longest]; packed rows get use_cache=False in place of an attention mask
     "Pad on the right with ignored labels. Of packed rows transformers finds the seams by position, if no mask and no cache is about."
+    more = set().union(*rows) - {"input_ids", "labels", "position_ids"}
+    if more: raise ValueError(f"rows of different lengths cannot be padded with the column{'s' * (len(more) > 1)} {', '.join(sorted(more))}: give another collate")
     longest = max(len(row["input_ids"]) for row in rows)
     fill = dict(input_ids=pad_token_id, labels=-100, position_ids=0)
     batch = {}
@@ -412,6 +414,8 @@ def chat_example(
     "A chat ready for training on its replies alone. Raises ValueError when nothing is left to learn."
     if not re.search(r"{%-?\s*generation\b", tokenizer.chat_template or ""):
         raise ValueError("the chat template has no {% generation %} markers: the mask of the replies would be all zero")
+    marks = [t for t in tokenizer.get_added_vocab() if any(t in m["content"] for m in messages)]
+    if marks: raise ValueError(f"a message contains {marks[0]}, which the tokenizer would read as a token of control: take it out of the text")
     row = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = row["input_ids"][:max_length], row["assistant_masks"][:max_length]
     if not any(mask):

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast,
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast,
     Qwen3Config, Qwen3ForCausalLM)
 from transformers.utils import logging as transformers_logging
 from .exercises import Exercise
@@ -235,7 +235,10 @@ def generate_batch(
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     batch = {name: value.to(model.device) for name, value in left_pad(rows, pad).items()}
     sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.) if temperature > 0 else dict(do_sample=False)
-    output = model.generate(**batch, max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, **sampling)
+    plain = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, **sampling)
+    own, model.generation_config = model.generation_config, plain     # the model's own settings, such as a penalty for repetition, stay out
+    try: output = model.generate(**batch, generation_config=plain)
+    finally: model.generation_config = own
     replies = output[:, batch["input_ids"].shape[1]:].tolist()
     cut = [next((i for i, token in enumerate(reply) if token in stops), len(reply)) for reply in replies]
     return [tokenizer.decode(reply[:end], skip_special_tokens=True) for reply, end in zip(replies, cut)]
@@ -251,6 +254,7 @@ def generate(
     progress: bool = True,
 ) -> list[str]:                  # replies, in the order of the conversations
     "Replies to many conversations, longest prompts first, without their stop tokens."
+    if temperature < 0: raise ValueError(f"temperature {temperature}: 0 is greedy, above 0 samples, below 0 is nothing")
     rows = encode_prompts(tokenizer, conversations)
     context = getattr(model.config, "max_position_embeddings", None)
     for number, row in enumerate(rows):

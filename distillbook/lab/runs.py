@@ -302,14 +302,17 @@ class Run:
 
 def start_run(
     chapter: str,        # "21_logit_kd"
-    parameters: dict,    # the notebook's parameters; `globals()` will do, only those names are kept
+    parameters: dict,    # the notebook's parameters; `globals()` will do: only those names are kept, or all plain values where there is no notebook
 ) -> Run:
     "Begin a run: its folder is `DISTILLBOOK_RUN`, else runs/<chapter>/<time>-interactive."
     try: own = notebook_parameters(notebook_path(chapter))
     except FileNotFoundError: own = {}
     missing = [name for name in own if name not in parameters]
     if missing: raise ValueError(f"start_run({chapter!r}): these parameters of the notebook are missing: {', '.join(missing)}")
-    kept = {name: parameters[name] for name in own} if own else dict(parameters)
+    plain = lambda value: value is None or isinstance(value, (bool, int, float, str))
+    kept = {name: parameters[name] for name in own} if own else {name: value for name, value in parameters.items() if plain(value) and not name.startswith("_")}
+    odd = [name for name, value in kept.items() if not plain(value)]
+    if odd: raise TypeError(f"start_run({chapter!r}): a parameter is a number, a text, a truth value or None; these are not: {', '.join(odd)}")
     profile = os.environ.get("DISTILLBOOK_PROFILE") or ("laptop" if kept == own else "interactive")
     folder = os.environ.get("DISTILLBOOK_RUN") or home()/"runs"/chapter/f"{datetime.now():%Y%m%d-%H%M%S}-interactive"
     first, count = kept.get("seed", 0), kept.get("seeds", 1)
@@ -463,12 +466,12 @@ def fingerprint(
 ):               # something JSON can hold, equal for equal contents
     "What the cache compares of an input: contents, not identity; a path stands for the file behind it."
     if value is None or isinstance(value, (bool, int)): return value
-    if isinstance(value, (float, complex)): return repr(value)
+    if isinstance(value, (float, complex)): return [type(value).__name__, repr(value)]
     if isinstance(value, (str, Path)): return _text_or_file(value)
     if isinstance(value, bytes): return _digest(value)
     if isinstance(value, (list, tuple, range)): return [fingerprint(v) for v in value]
     if isinstance(value, (set, frozenset)): return sorted(json.dumps(fingerprint(v)) for v in value)
-    if isinstance(value, dict): return [[fingerprint(k), fingerprint(v)] for k, v in value.items()]
+    if isinstance(value, dict): return sorted(([fingerprint(k), fingerprint(v)] for k, v in value.items()), key=json.dumps)
     if isinstance(value, re.Pattern): return [value.pattern, value.flags]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [type(value).__qualname__, {f.name: fingerprint(getattr(value, f.name)) for f in dataclasses.fields(value)}]
@@ -507,6 +510,10 @@ def _functions(thing):
     members = [getattr(m, "__func__", getattr(m, "fget", m)) for m in vars(thing).values()]
     return [inspect.unwrap(m) for m in members if inspect.isfunction(m)]
 
+def _is_code(name, item):
+    "Whether a class attribute is Python's own or code, and not a value."
+    return name.startswith("__") or callable(item) or isinstance(item, (property, classmethod, staticmethod)) or hasattr(type(item), "__get__")
+
 def _used(code, *operations):
     "Names that byte code loads by one of the operations, with those of functions inside it."
     inside = [_used(c, *operations) for c in code.co_consts if inspect.iscode(c)]
@@ -542,10 +549,13 @@ def _code_parts(thing, owner, seen):
         return [_code_parts(thing.func, owner, seen), fingerprint(thing.args), fingerprint(thing.keywords)]
     thing = inspect.unwrap(thing) if inspect.isfunction(thing) else thing
     label = f"{thing.__module__}.{thing.__qualname__}"
-    if label in seen: return label
-    seen.add(label)
+    if thing in seen: return label      # the thing and not its label: all lambdas share one
+    seen.add(thing)
     parts = [label, _source(thing)]
+    if inspect.isclass(thing): parts += [_global_part(name, item, thing.__module__) for name, item in sorted(vars(thing).items()) if not _is_code(name, item)]
     for function in _functions(thing):
+        parts += [_global_part("default", item, function.__module__) for item in [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+                  if not callable(item)]
         for name, item in _reached(function).items():
             if inspect.ismethod(item):      # bound to an object that may have a state
                 if _ours(item, owner): parts += [_global_part(name, item.__self__, function.__module__), _code_parts(item.__func__, owner, seen)]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['check_learning_rate_at', 'check_steps_done_again', 'check_singular_value_after', 'checkpoint_is_complete',
-           'last_checkpoint', 'row_hash', 'begin_or_resume', 'checkpoints_left', 'stop_at_nan', 'KeepWeightsFinite',
-           'check_rows', 'stack_rows', 'where_to_train', 'training_arguments', 'Progress', 'history_of',
-           'keep_freed_memory', 'run_trainer', 'train', 'MuonAdamW']
+           'last_checkpoint', 'row_hash', 'rows_hash', 'weights_hash', 'begin_or_resume', 'checkpoints_left',
+           'stop_at_nan', 'KeepWeightsFinite', 'check_rows', 'stack_rows', 'where_to_train', 'training_arguments',
+           'Progress', 'history_of', 'weights_at_start', 'keep_freed_memory', 'run_trainer', 'train', 'MuonAdamW']
 
 # %% ../../nbs/0_lab/09_training.ipynb #09aa0004
 import ctypes, hashlib, json, math, os, shutil, sys, tempfile, time
@@ -18,7 +18,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from .corpora import collate
 from .exercises import Exercise
 from .models import quiet_transformers
-from .settings import fast_bfloat16
+from .settings import fast_bfloat16, pick_device
 
 # %% ../../nbs/0_lab/09_training.ipynb #8c11aed2
 def checkpoint_is_complete(
@@ -43,8 +43,27 @@ def last_checkpoint(
 def row_hash(
     row: dict,    # with input_ids
 ) -> str:         # 12 hexadecimal digits
-    "A fingerprint of a row's tokens."
-    return hashlib.sha256(str(torch.as_tensor(row["input_ids"]).tolist()).encode()).hexdigest()[:12]
+    "A fingerprint of a row's tokens and labels."
+    numbers = [torch.as_tensor(row[name]).tolist() for name in ("input_ids", "labels")]
+    return hashlib.sha256(str(numbers).encode()).hexdigest()[:12]
+
+def rows_hash(
+    dataset,                 # rows dict(input_ids, labels)
+    looked_at: int = 64,     # rows, evenly spaced from the first to the last
+) -> str:                    # 12 hexadecimal digits
+    "A fingerprint of a training set by some of its rows."
+    places = sorted({round(i * (len(dataset) - 1) / max(1, looked_at - 1)) for i in range(looked_at)})
+    return hashlib.sha256(" ".join(row_hash(dataset[i]) for i in places).encode()).hexdigest()[:12]
+
+def weights_hash(
+    model: torch.nn.Module,
+) -> str:         # 12 hexadecimal digits
+    "Which weights these are: a hash of each tensor's name, type, shape and bytes."
+    digest = hashlib.sha256(type(model).__name__.encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        if not tensor.is_meta: digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:12]
 
 def begin_or_resume(
     folder: Path,      # of the checkpoints
@@ -109,9 +128,12 @@ def check_rows(
     for number in range(min(looked_at, len(dataset))):
         missing = {"input_ids", "labels"} - set(dataset[number])
         if missing: raise ValueError(f"row {number} of the dataset has no {' and no '.join(sorted(missing))}")
-        largest = int(torch.as_tensor(dataset[number]["input_ids"]).max())
-        if largest >= vocabulary_size: raise ValueError(f"row {number} of the dataset holds token {largest}, but the model has "
-            f"{vocabulary_size} tokens: was the text encoded with another tokenizer?")
+        ids, labels = (torch.as_tensor(dataset[number][name]) for name in ("input_ids", "labels"))
+        if not len(ids): raise ValueError(f"row {number} of the dataset has no token")
+        for what, numbers in (("token", ids), ("label", labels[labels != -100])):
+            wrong = numbers[(numbers < 0) | (numbers >= vocabulary_size)].tolist()
+            if wrong: raise ValueError(f"row {number} of the dataset holds the {what} {wrong[0]}, but the model has "
+                f"{vocabulary_size} tokens: was the text encoded with another tokenizer?")
 
 def stack_rows(
     rows: list[dict],    # input_ids, labels[, position_ids]
@@ -122,12 +144,13 @@ def stack_rows(
 
 # %% ../../nbs/0_lab/09_training.ipynb #c4143492
 def where_to_train(
-    device: str,       # cpu, cuda, auto
+    device: str,       # cpu, cuda, mps, auto
     precision: str,    # float32, bfloat16, auto
 ) -> tuple:            # both without "auto"
-    "A GPU if there is one; bfloat16 if it is fast there."
+    "A GPU if there is one; bfloat16 if it is fast there. A device that is not there raises ValueError."
     if precision not in ("auto", "float32", "bfloat16"): raise ValueError(f"precision {precision!r}: use float32, bfloat16 or auto")
-    if device == "auto": device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device(device)
+    if device not in ("cpu", "cuda", "cuda:0", "mps"): raise ValueError(f"the trainer takes the first GPU it sees and not {device}: set CUDA_VISIBLE_DEVICES instead")
     if precision == "auto": precision = "bfloat16" if fast_bfloat16(device) else "float32"
     return device, precision
 
@@ -166,6 +189,14 @@ def history_of(
         gradient_norm=[float(row.get("grad_norm", "nan")) for row in rows])
 
 # %% ../../nbs/0_lab/09_training.ipynb #6c086e0c
+def weights_at_start(
+    model: PreTrainedModel,
+    folder: str | Path | None,    # of the checkpoints
+) -> str:
+    "The hash of the weights that training in this folder began with: a model that was stopped half-way remembers it."
+    begun = vars(model).setdefault("_begun", {})
+    return begun.setdefault(str(folder), weights_hash(model)) if folder else weights_hash(model)
+
 def keep_freed_memory():
     "Let glibc keep what a step frees: handing it back and asking for it again costs a step on a CPU more than all else that a trainer adds."
     settings = {-1: 2**31 - 1, -3: 2**25}      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, in bytes
@@ -186,13 +217,15 @@ def run_trainer(
     resumed_from = int(start.name[11:]) if start else 0
     use_cache, model.config.use_cache = model.config.use_cache, False   # a cache would undo packing
     try:
-        if resumed_from >= trainer.args.max_steps:
+        if start and resumed_from >= trainer.args.max_steps:
             trainer._load_from_checkpoint(str(start))
             log = json.loads((start/"trainer_state.json").read_text())["log_history"]
         else:
             with quiet_transformers(): trainer.train(resume_from_checkpoint=str(start) if start else None)
             log = trainer.state.log_history
-    finally: model.config.use_cache = use_cache
+    finally:
+        model.config.use_cache = use_cache
+        for name in ("forward", "_original_forward"): vars(model).pop(name, None)   # accelerate leaves its autocast around the model
     model.eval()
     return history_of(log) | dict(seconds=time.perf_counter() - begun, resumed_from=resumed_from)
 
@@ -222,6 +255,7 @@ def train(
 ) -> dict:                           # step, loss, learning_rate, gradient_norm (lists); seconds, resumed_from
     "Train with transformers' Trainer, quietly, so that a killed run goes on where it was."
     check_rows(dataset, model.get_input_embeddings().num_embeddings)
+    if steps < 1 or (arguments or {}).get("max_steps", 1) < 1: raise ValueError("training needs steps >= 1; max_steps below 1 is not for this function")
     if optimizer not in ("adamw", "muon"): raise ValueError(f"optimizer {optimizer!r}: use adamw or muon")
     if optimizer == "muon" and trainer_options.get("optimizers"): raise ValueError("optimizer='muon' and optimizers=... both name the optimizer: leave one of them out")
     device, precision = where_to_train(device, precision)
@@ -229,7 +263,7 @@ def train(
         place, more = Path(folder or scratch), dict(dataloader_drop_last=len(dataset) >= batch_size)
         if folder is None: more["save_strategy"] = "no"
         settings = dict(steps=steps, batch_size=batch_size, accumulation=accumulation, learning_rate=learning_rate, warmup=warmup,
-            seed=seed, rows=len(dataset), first_row=row_hash(dataset[0]), weights=model.num_parameters(), trainer=trainer_class.__name__, optimizer=optimizer)
+            seed=seed, rows=len(dataset), data=rows_hash(dataset), start=weights_at_start(model, folder), precision=precision, arguments=json.dumps(arguments or {}, sort_keys=True, default=str), trainer=trainer_class.__name__, optimizer=optimizer)
         settings |= {name: value for name, value in trainer_options.items() if isinstance(value, (int, float, str))}
         start = begin_or_resume(place, settings, resume)
         args = training_arguments(place, steps, batch_size, learning_rate, warmup, seed, save_steps, log_steps,
