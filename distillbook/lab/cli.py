@@ -220,6 +220,7 @@ def claim_row(c: dict) -> tuple:
     "A claim of a record as text cells."
     threshold = c["threshold"]
     if isinstance(threshold, (int, float)): threshold = number(threshold)
+    if isinstance(threshold, list): threshold = " to ".join("any" if end is None else number(end) for end in threshold)
     return c["id"], c["verdict"], number(c["effect"]), interval(c["low"], c["high"]), "" if threshold in (None, "-") else str(threshold), c["why"] or ""
 
 # %% ../../nbs/0_lab/07_cli.ipynb #0ba0e256

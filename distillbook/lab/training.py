@@ -65,6 +65,7 @@ def weights_hash(
         if not tensor.is_meta: digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
 
+# %% ../../nbs/0_lab/09_training.ipynb #27aa585a
 def begin_or_resume(
     folder: Path,      # of the checkpoints
     settings: dict,    # of this call, kept beside them
