@@ -92,6 +92,11 @@ def test_answers_to_exercises_are_folded(path):
         if source(cell).startswith("#| export") and re.search(r"^check_\w+ = Exercise\(", source(cell), re.M):
             assert cell["metadata"].get("jupyter", {}).get("source_hidden"), f"{name(path)} shows the answers: {source(cell)[:60]}"
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_outputs_carry_no_place_of_the_machine_that_made_them(path):
+    said = "".join("".join(o.get("text", "")) for c in cells(path, "code") for o in c["outputs"])
+    assert "site-packages/" not in said and "/.venv/" not in said, f"{name(path)}: an output names a place of one machine"
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=name)
 def test_a_chapter_has_its_title_and_promise(path):
     first = source(cells(path)[0]).splitlines()

@@ -10,7 +10,7 @@ __all__ = ['COLOURS', 'check_verdict', 'check_half_width', 'mean_interval', 'pro
 
 # %% ../../nbs/0_lab/01_runs.ipynb #aee442fd
 import ast, contextlib, dataclasses, dis, functools, hashlib, importlib, importlib.metadata, inspect
-import json, math, os, platform, re, shutil, sys, tempfile, textwrap, time
+import json, math, os, platform, re, shutil, sys, tempfile, textwrap, time, warnings
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -660,7 +660,8 @@ def over_calls(
     places = [_place(step, call) for call in calls]     # before the work: only here can the source of a notebook's function be read
     bar = dict(total=len(calls), desc=getattr(step, "__name__", "calls"))
     if jobs == 1: return [_cached_at(place, step, call, outside) for place, call in tqdm(zip(places, calls), **bar)]
-    with parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1):
+    with parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "A worker stopped")     # loky puts a new one in the place of one that has grown; no call is lost
         work = (delayed(_cached_at)(place, step, call, outside) for place, call in zip(places, calls))
         return list(tqdm(Parallel(return_as="generator")(work), **bar))
 
