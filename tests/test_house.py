@@ -3,9 +3,9 @@ import ast, hashlib, importlib, json, re, shutil, subprocess, sys, time, tomllib
 from pathlib import Path
 import pytest
 from conftest import CHAPTERS, NOTEBOOKS, ROOT, SOLUTIONS, cells, environment, source
-from distillbook.lab.cli import data_sums, header_numbers, notebook_hash, read_constraints, readme_text, reference_record
+from distillbook.lab.cli import data_sums, header_numbers, read_constraints, readme_text, reference_record
 from distillbook.lab.exercises import Exercise
-from distillbook.lab.runs import claims_ledger
+from distillbook.lab.runs import claims_ledger, code_hash
 
 PARTS = ["lab", "synth", "distill", "adapt", "merge", "ship", "trust", "scale"]
 MODULES = sorted(p for p in (ROOT/"distillbook").rglob("*.py") if not p.name.startswith("_"))
@@ -58,7 +58,7 @@ def test_index_shows_the_records_as_they_are(tmp_path):
 def test_outputs_are_those_of_the_code(path):
     record = reference_record(path.stem)
     assert record, f"data/records/laptop/{path.stem}.json is missing: make outputs"
-    assert record["code_hash"] == notebook_hash(path), f"{name(path)}: its code changed after its outputs were made: make outputs"
+    assert record["code_hash"] == code_hash(path), f"{name(path)}: its code changed after its outputs were made: make outputs"
     assert any(c["outputs"] for c in cells(path, "code")), f"{name(path)} carries no outputs: make outputs"
     errors = [o["ename"] for c in cells(path, "code") for o in c["outputs"] if o["output_type"] == "error"]
     assert not errors, f"{name(path)} carries errors: {errors}"

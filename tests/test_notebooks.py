@@ -2,8 +2,7 @@
 import math
 import pytest
 from conftest import CHAPTERS, NOTEBOOKS, SOLUTIONS, book, cells, source
-from distillbook.lab.cli import notebook_hash
-from distillbook.lab.runs import RunRecord
+from distillbook.lab.runs import RunRecord, code_hash
 from distillbook.lab.settings import parameters_from_code, resolve_parameters
 
 def name(path): return f"{path.parent.name}/{path.stem}"
@@ -30,7 +29,7 @@ def test_parameters_were_those_asked_for(path, smoke):
 @pytest.mark.parametrize("path", CHAPTERS, ids=name)
 def test_record_is_complete(path, smoke):
     record = RunRecord.load(smoke.get(path)["folder"])
-    assert (record.chapter, record.profile, record.code_hash) == (path.stem, "smoke", notebook_hash(path))
+    assert (record.chapter, record.profile, record.code_hash) == (path.stem, "smoke", code_hash(path))
     assert record.seconds > 0 and record.peak_memory_mb > 10 and record.device and "python" in record.versions
     assert record.seeds == list(range(record.parameters.get("seed", 0), record.parameters.get("seed", 0) + record.parameters.get("seeds", 1)))
     assert record.measures, "a chapter measures something"
