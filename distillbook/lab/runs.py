@@ -247,7 +247,7 @@ def _repr_markdown_(self: RunRecord):
     head = f"{self.chapter}, profile {self.profile}: {', '.join(counts)}"
     return "\n".join([head, ""] + (["| measure | value |", "|---|---|", *rows, ""] if rows else []) + [" · ".join(verdicts)])
 
-# %% ../../nbs/0_lab/01_runs.ipynb #12f07971
+# %% ../../nbs/0_lab/01_runs.ipynb #9fbe9d7f
 def home() -> Path:
     "The project's folder, or the current one where the library is used without the course."
     try: return project_root()
@@ -273,7 +273,7 @@ def peak_memory_mb() -> float:
 
 def versions() -> dict:     # package -> version, of those installed
     "Versions of Python and of the packages that results depend on."
-    names = "torch transformers tokenizers accelerate datasets numpy scipy pandas scikit-learn matplotlib trl peft lm-eval".split()
+    names = "torch transformers tokenizers accelerate datasets numpy scipy pandas scikit-learn matplotlib trl peft lm-eval openai datasketch sentence-transformers gguf xllamacpp".split()
     found = {"python": platform.python_version(), "distillbook": distillbook.__version__}
     for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError): found[name] = importlib.metadata.version(name)
