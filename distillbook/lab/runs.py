@@ -449,17 +449,35 @@ def finish(self: Run) -> RunRecord:
     self.record.save(self.folder)
     return self.record
 
-# %% ../../nbs/0_lab/01_runs.ipynb #6a55696d
+# %% ../../nbs/0_lab/01_runs.ipynb #2a757ae4
 def _digest(data):
     return hashlib.sha256(data).hexdigest()
 
+@functools.lru_cache
+def _shelf(*asked_from):
+    "Where the shipped models are; looked up once for each place that it is asked from."
+    return home()/"data"/"models"
+
+@functools.lru_cache
+def _stamped_hash(path, stamps):
+    "`data_hash`, computed once as long as no file's size and time of change differ."
+    return data_hash(path)
+
+def _file_hash(path):
+    "`data_hash`, from memory where nothing has changed; files changed in the last two seconds are read, for clocks are coarse."
+    files = [Path(path)] if os.path.isfile(path) else sorted(p for p in Path(path).rglob("*") if p.is_file())
+    stamps = tuple((str(p), s.st_size, s.st_mtime_ns) for p in files for s in [p.stat()])
+    recent = any(abs(time.time_ns() - changed) < 2e9 for _, _, changed in stamps)
+    return data_hash(path) if recent else _stamped_hash(os.path.abspath(path), stamps)
+
 def _text_or_file(value):
     "The hash of the file, folder or shipped model that `value` names, else `value` itself."
-    if not str(value).strip("./\\") or len(str(value)) > 1000 or "\n" in str(value): return str(value)
-    for path in (Path(value), home()/"data"/"models"/value):
-        with contextlib.suppress(OSError, ValueError):
-            if path.exists(): return {"file": data_hash(path)}
-    return str(value)
+    text = str(value)
+    if not text.strip("./\\") or len(text) > 1000 or "\n" in text: return text
+    for path in (text, os.path.join(_shelf(os.environ.get("DISTILLBOOK_HOME"), os.getcwd()), text)):
+        if os.path.exists(path):
+            with contextlib.suppress(OSError): return {"file": _file_hash(path)}
+    return text
 
 def fingerprint(
     value,       # a number, text, path, list, dict, dataclass, array, tensor, model, tokenizer, Dataset or function
@@ -578,12 +596,17 @@ def cache_folder() -> Path:
     "Where results are kept: `DISTILLBOOK_CACHE`, else runs/cache."
     return Path(os.environ.get("DISTILLBOOK_CACHE") or home()/"runs"/"cache")
 
+def _code_key(step):
+    "Hash of a step's code, of the book's code that it reaches, and of the packages' versions."
+    return _digest(json.dumps([_code_parts(step, getattr(step, "__module__", None), set()), versions()]).encode())
+
 def cache_key(
     step,            # a function
     inputs: dict,    # its keyword arguments
+    code: str = "",  # the step's `_code_key`, where many calls share it
 ) -> str:            # 24 hex digits
     "Hash of a step's code, of the book's code that it reaches, of its inputs, and of the packages' versions."
-    parts = [_code_parts(step, getattr(step, "__module__", None), set()), [[k, fingerprint(inputs[k])] for k in sorted(inputs)], versions()]
+    parts = [code or _code_key(step), [[k, fingerprint(inputs[k])] for k in sorted(inputs)]]
     return _digest(json.dumps(parts).encode())[:24]
 
 def _read_result(final):
@@ -612,8 +635,8 @@ def cached(
     A parameter `checkpoints` receives a folder that outlives a kill, until the step is done."""
     return _cached_at(_place(step, inputs), step, inputs)
 
-def _place(step, inputs):
-    return cache_folder()/f"{getattr(step, '__name__', None) or step.func.__name__}-{cache_key(step, inputs)}"
+def _place(step, inputs, code=""):
+    return cache_folder()/f"{getattr(step, '__name__', None) or step.func.__name__}-{cache_key(step, inputs, code)}"
 
 def _cached_at(final, step, inputs, outside={}):
     "The result that is kept at `final`, or a new one."
@@ -657,7 +680,8 @@ def over_calls(
     "`cached` for each call, with a progress bar: a killed run goes on with the first call not finished."
     from joblib import Parallel, delayed, parallel_config
     from tqdm import tqdm
-    places = [_place(step, call) for call in calls]     # before the work: only here can the source of a notebook's function be read
+    code = _code_key(step) if calls else ""
+    places = [_place(step, call, code) for call in calls]     # before the work: only here can the source of a notebook's function be read
     bar = dict(total=len(calls), desc=getattr(step, "__name__", "calls"))
     if jobs == 1: return [_cached_at(place, step, call, outside) for place, call in tqdm(zip(places, calls), **bar)]
     with parallel_config("loky", n_jobs=jobs, inner_max_num_threads=1), warnings.catch_warnings():
