@@ -203,10 +203,33 @@ def test_a_limit_stays_between_one_and_most(events):
     limit = AdaptiveLimit(4., most=20)
     for now, event in enumerate(events):
         limit.open = int(limit.value)
-        if event == "answered": limit.answered(now)
+        limit.has_room(now - .5)
+        if event == "answered": limit.answered(now, now - .5)
         elif event == "refused": limit.refused(now, now - .5)
         else: limit.lost(now, now - .5, lambda n: .1)
         assert 1 <= limit.value <= 20
+
+def test_a_burst_of_answers_doubles_the_limit_and_an_unused_one_stays():
+    limit = AdaptiveLimit(8., most=100)
+    limit.open = 8
+    assert not limit.has_room(0.)
+    for _ in range(8):      # all come back before the next is sent
+        limit.answered(1., 0.)
+        limit.open -= 1
+    assert limit.value == 16
+    limit.open = 3
+    assert limit.has_room(1.)
+    for _ in range(3): limit.answered(2., 1.)
+    assert limit.value == 16
+
+def test_the_adaptive_limit_comes_near_to_the_ideal_of_a_server_that_only_waits():
+    "A ratio of two runs on one machine: 1,000 requests from 8 open on, against as many open from the start as the server takes."
+    def seconds(**limits):
+        with ScriptedServer(delay=.4, capacity=50, process=True) as server:
+            start = time.monotonic()
+            assert not any(r.error for r in ask(ApiTeacher(Endpoint(server.url, "m"), **limits), numbered(500), progress=False))
+            return time.monotonic() - start
+    assert seconds(start=8) < 1.6*seconds(start=50, most=50)
 
 def test_cost_is_per_million_tokens():
     assert token_cost(1_000_000, 500_000, 2., 8.) == 6. and Endpoint("http://localhost:1/v1", "m", price_in=1.).cost(10, 99) == 1e-5

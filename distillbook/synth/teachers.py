@@ -272,17 +272,24 @@ class GumbelMax:
         unsure = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
         if self.sampling.temperature > 0:
             scores, margin = scores/self.sampling.temperature, margin/self.sampling.temperature
-            if self.sampling.top_p < 1: scores, unsure = self._nucleus(scores, margin)
             noise = [generator.standard_exponential(scores.shape[1], dtype=np.float32) for generator in self.generators]
-            scores = scores - torch.from_numpy(np.stack(noise)).to(scores.device).log()      # minus the log of an exponential is a Gumbel
+            noisy = scores - torch.from_numpy(np.stack(noise)).to(scores.device).log()      # minus the log of an exponential is a Gumbel
+            if self.sampling.top_p < 1:
+                inside, doubtful = self._nucleus(scores, margin)
+                unsure = noisy.where(inside & ~doubtful, -math.inf).argmax(-1) != noisy.where(inside | doubtful, -math.inf).argmax(-1)
+                noisy = noisy.where(inside, -math.inf)
+            scores = noisy
         best = scores.topk(2).values
         return scores, unsure | (best[:, 0] - best[:, 1] < margin)
     def _nucleus(self, scores, margin):
-        "Tokens outside the smallest set with probability top_p get no chance (Holtzman et al. 2020)."
-        probability, order = scores.softmax(-1).sort(descending=True)
-        before = probability.cumsum(-1) - probability
-        unsure = ((before - self.sampling.top_p).abs() < margin*before).any(-1)
-        return scores.scatter(-1, order, torch.where(before < self.sampling.top_p, scores.gather(-1, order), -math.inf)), unsure
+        "The smallest set of tokens with probability top_p (Holtzman et al. 2020), and the tokens that rounding could move over its edge."
+        ordered, order = scores.sort(descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        inside = before < self.sampling.top_p
+        last, first_outside = ordered.where(inside, math.inf).amin(-1, keepdim=True), ordered.where(~inside, -math.inf).amax(-1, keepdim=True)
+        swap = (last - first_outside < margin) & ((ordered - last).abs() < 2*margin)      # neighbours across the edge change places
+        doubtful = swap | ((before - self.sampling.top_p).abs() < margin*before)
+        return [torch.zeros_like(flags).scatter(-1, order, flags) for flags in (inside, doubtful)]
     def keep(self, places):
         "Go on with some of the rows."
         self.generators = [self.generators[place] for place in places]
@@ -340,7 +347,7 @@ class LocalTeacher:
     def __init__(self,
         model, tokenizer,
         name: str,                    # a word for it; a hash of weights and tokenizer is added
-        batch_tokens: int = 8192,     # tokens of a batch, prompts and replies: memory grows with it
+        batch_tokens: int = 16384,    # tokens of a batch, prompts and replies: memory grows with it
     ):
         if batch_tokens < 1: raise ValueError(f"batch_tokens {batch_tokens}: a batch needs room")
         words = hashlib.sha256(f"{vocabulary_hash(tokenizer)} {tokenizer.chat_template}".encode()).hexdigest()[:4]
@@ -394,20 +401,24 @@ def retry_after(
 class AdaptiveLimit:
     "How many requests may be open at one endpoint: doubled in each round until it refuses one, then AIMD (Jacobson 1988; Chiu and Jain 1989)."
     value: float = 32.         # the limit, at least 1
-    most: int = 128            # it never grows beyond
+    most: int = 256            # it never grows beyond
     cut: float = 0.85          # it shrinks to this share when the endpoint is too busy
     open: int = 0              # requests that are out
     doubling: bool = True
     last_cut: float = -math.inf
+    full: float = -math.inf    # when it was last reached
     paused_until: float = 0.   # by the clock of the event loop
     failures: int = 0          # connections that failed since the last that did not
     history: list | None = None     # of (time, limit)
     def __post_init__(self): self.history = self.history or []
-    def has_room(self, now): return now >= self.paused_until and self.open < int(self.value)
-    def answered(self, now):
-        "A request came back well: one more may go out, or a part of one."
+    def has_room(self, now):
+        "Whether one more may go out; asked when there is one that wants to."
+        if self.open >= int(self.value): self.full = now
+        return now >= self.paused_until and self.open < int(self.value)
+    def answered(self, now, sent):
+        "A request sent at `sent` came back well: one more may go out, or a part of one, if the limit was reached since."
         self.failures = 0
-        if self.open >= int(self.value) and self.value < self.most:       # a limit that is not reached says nothing
+        if self.full >= sent and self.value < self.most:       # a limit that is not used says nothing (RFC 7661)
             self._set(now, min(self.most, self.value + (1 if self.doubling else 1/self.value)))
     def refused(self, now, sent, wait=0.):
         "The endpoint was too busy for a request sent at `sent`; those sent before the last cut have been paid for."
@@ -539,7 +550,7 @@ class ApiTeacher:
         endpoints,                      # an Endpoint or a list of them, all with one model
         name: str | None = None,        # of the model, where endpoints call it by different names
         start: int = 32,                # requests open at each endpoint at first
-        most: int = 128,                # and at most; equal to `start` it is a fixed limit, unless it is refused
+        most: int = 256,                # and at most; equal to `start` it is a fixed limit, unless it is refused
         tries: int = 6,                 # budget of each request
         timeout: float = 120.,          # seconds for one answer
         first_wait: float = 0.5,        # seconds after a first failure, doubled after each
@@ -630,7 +641,7 @@ def send(self: Asking) -> float | None:      # seconds until there may be more t
         if not free: break
         lane = min(free, key=lambda i: self.limits[i].open/self.limits[i].value)
         self.limits[lane].open += 1
-        task = self.loop.create_task(self.work(self.ready.popleft(), lane))
+        task = self.loop.create_task(self.work(self.ready.popleft(), lane, now))
         self.open.add(task)
         task.add_done_callback(self.ended)
     times = [self.later[0][0]] if self.later else []
@@ -644,9 +655,9 @@ def ended(self: Asking, task):
     self.changed.set()
 
 @patch
-async def work(self: Asking, job: Job, lane: int):
+async def work(self: Asking, job: Job, lane: int, sent: float):
     "One try of one request, and what follows from it."
-    teacher, limit, sent = self.teacher, self.limits[lane], self.loop.time()
+    teacher, limit = self.teacher, self.limits[lane]
     job.begun = min(job.begun, sent)
     try: outcome = await try_once(self.clients[lane], teacher.endpoints[lane], job.request, teacher.timeout, teacher.retry_truncated)
     except asyncio.CancelledError:
@@ -655,7 +666,7 @@ async def work(self: Asking, job: Job, lane: int):
     now, job.tries, job.cost = self.loop.time(), job.tries + 1, job.cost + outcome.cost
     if outcome.kind == "busy": limit.refused(now, sent, min(outcome.wait, teacher.longest_wait))
     elif outcome.kind == "down": limit.lost(now, sent, self.pause)
-    else: limit.answered(now)
+    else: limit.answered(now, sent)
     limit.open -= 1
     self.follow(job, lane, outcome, now)
 
