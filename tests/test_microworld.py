@@ -1,6 +1,7 @@
 "The world keeps its promises: the same seed the same items, no entity on both sides, and a checker that is never fooled."
 import random, re
 import pytest
+from distillbook.lab import microworld
 from distillbook.lab.microworld import (CARE, COMMON, CROWN, DOMAINS, FIELDS, FUNCTION_NAMES, OBJECTS, PEOPLE, PLACE_FACTS, PLACES, REFUSAL, STORY_THINGS, SUITES, TAMPER,
     as_conversation, check, examples, invent_names, persona_prompt, rule_split, run_function, statements, story_faults, story, world, world_text)
 
@@ -161,4 +162,11 @@ def test_a_system_that_refuses_a_limit_on_memory_still_runs_functions(monkeypatc
 def test_a_reference_answer_that_does_not_run_is_an_error_and_no_wrong_answer(monkeypatch):
     e = examples("code", 1)[0]
     monkeypatch.setattr("distillbook.lab.microworld.run_function", lambda *given: "stopped by a limit (exit status 1)")
-    with pytest.raises(RuntimeError, match="nothing can be judged"): check(e, e["answer"])
+    microworld._runs_here.cache_clear()
+    with pytest.raises(RuntimeError, match="nothing can be judged"): check(e, e["answer"] + "  # as above")
+    microworld._runs_here.cache_clear()
+
+def test_another_program_with_the_same_results_is_right_and_one_that_fails_is_wrong():
+    for e in examples("code", 3, "test", seed=5):
+        assert check(e, e["answer"] + "\n\nspare = 1") and not check(e, e["answer"] + "\nraise ValueError")
+        assert isinstance(run_function(e["answer"], e["function"], e["inputs"]), list), e      # the reference itself runs
