@@ -201,6 +201,7 @@ def _run_llama(path, name, slots, context, threads, exact, port):
     params.model.path, params.model_alias, params.hostnames, params.port = path, {name}, ["127.0.0.1"], port
     params.n_parallel, params.n_ctx = slots, slots*context
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    params.n_threads_http = slots + 256       # each holds one connection, and an idle one for five seconds: with too few, a request behind them waits as long
     if exact:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED    # it rounds keys and values to f16
