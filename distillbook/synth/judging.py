@@ -418,7 +418,7 @@ def acceptance(
     rows = (middle := weight @ smooth)*(1 - middle)/(weight**2 @ (smooth*(1 - smooth)/n))
     value, low, high = proportion_interval(min(weight @ (k/n), 1.)*rows, rows, level)
     strata = {name: Measure(f"accepted_{name}", p, "share", total, low_, high_) for name, (yes, total) in decided.items() for p, low_, high_ in [proportion_interval(yes, total, level)]}
-    value, low, high = map(float, (value, low, high))
+    value, low, high = (float(np.clip(x, 0, 1)) for x in (value, low, high))      # rounding can pass 1
     return dict(overall=Measure("accepted", value, "share", int(n.sum()), low, high), strata=strata,
                 undecided=len(sample) - int(n.sum()), missing=sorted(set(tallies) - set(decided)))
 
