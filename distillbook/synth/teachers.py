@@ -276,7 +276,7 @@ class GumbelMax:
             noisy = scores - torch.from_numpy(np.stack(noise)).to(scores.device).log()      # minus the log of an exponential is a Gumbel
             if self.sampling.top_p < 1:
                 inside, doubtful = self._nucleus(scores, margin)
-                unsure = noisy.where(inside & ~doubtful, -math.inf).argmax(-1) != noisy.where(inside | doubtful, -math.inf).argmax(-1)
+                unsure = doubtful.gather(-1, noisy.where(inside | doubtful, -math.inf).argmax(-1, keepdim=True))[:, 0]
                 noisy = noisy.where(inside, -math.inf)
             scores = noisy
         best = scores.topk(2).values
