@@ -1,7 +1,7 @@
 "Invented people with facts, a manner and a role, who answer from their system prompt: lessons for the actor."
 import json, random, functools
 from pathlib import Path
-from distillbook.lab.microworld import FIELDS, FILLER, PEOPLE, invent_names, story, STORY_THINGS, PLACES, world_text
+from distillbook.lab.microworld import FIELDS, FILLER, PEOPLE, invent_names, world_text
 HERE = Path(__file__).parent/"personas"
 SUBJECTS = [json.loads(l) for l in (HERE/"subjects.jsonl").read_text().splitlines()]
 BEETHOVEN = json.loads((HERE/"beethoven.json").read_text())

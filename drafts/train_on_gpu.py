@@ -1,5 +1,5 @@
-"Trains the actor's adapter and a small chat student. python drafts/train_on_gpu.py CARRY OUT SECONDS"
-import copy, json, math, multiprocessing, os, random, sys, time
+"Trains the actor's adapter and a small chat student. python drafts/train_on_gpu.py ROWS OUT [small]; ROWS holds what drafts/rows.py wrote."
+import json, multiprocessing, os, random, sys, time
 sys.path[:0] = [os.path.dirname(os.path.abspath(__file__)), os.getcwd()]
 import numpy as np, torch
 from characters import *
@@ -39,7 +39,7 @@ def lessons(path, length=LENGTH):
         out.append(np.stack([x[:take].reshape(-1, k*L) for x in (ids, labels, pos)], 1))
     return out
 
-def measure(model, tok, n_other=200, temperature=0.):
+def measure(model, tok, n_other=200):
     "Persona points on Beethoven's prompt, all templates, and on other invented people."
     prompt = (HERE/"beethoven.md").read_text().strip()
     rng, asks, keys = random.Random(1), [], []
@@ -57,17 +57,8 @@ def measure(model, tok, n_other=200, temperature=0.):
     worst = {s["subject"]: round(float(np.mean([p["fact"] for p, (w, t) in zip(points[:k], keys) if t is s])), 2) for s in SUBJECTS}
     return dict(beethoven=mean(points[:k]), others=mean(points[k:]), by_subject=worst, samples=replies[:k:17])
 
-def fits(make, rows, size, seconds, call, probe=12):
-    "How many steps fit into so many seconds, by a short probe on a copy."
-    model = make()
-    call(model, rows, 4); torch.cuda.is_available() and torch.cuda.synchronize()
-    t = time.time(); call(model, rows, probe); torch.cuda.is_available() and torch.cuda.synchronize()
-    each = (time.time() - t)/probe
-    return max(10, int(seconds/each)), each
-
 if __name__ == "__main__":
-    carry, out, budget = sys.argv[1], sys.argv[2], float(sys.argv[3])
-    small = len(sys.argv) > 4
+    carry, out, small = sys.argv[1], sys.argv[2], len(sys.argv) > 3
     begun = time.time(); log = {}
     def say(*a): print(f"[{time.time()-begun:6.1f}]", *a, flush=True)
     tok = load_tokenizer("teacher")
@@ -80,7 +71,6 @@ if __name__ == "__main__":
     chars = np.concatenate(chars_later.get()); pool.close()
     rehearsal = lessons(f"{carry}/lessons.npz")
     say("characters", chars.shape, "lessons", [r.shape for r in rehearsal])
-    rng = np.random.default_rng(0)
     rows_chars = as_rows(chars)
     rows_lessons = as_rows(rehearsal[0]) + (as_rows(rehearsal[1]) if len(rehearsal) > 1 else [])
     say("rows", len(rows_chars), len(rows_lessons))
@@ -90,9 +80,7 @@ if __name__ == "__main__":
         return get_peft_model(m, LoraConfig(r=64, lora_alpha=64, target_modules="all-linear", lora_dropout=0., task_type="CAUSAL_LM"))
     mix = rows_chars + random.Random(0).sample(rows_lessons, min(len(rows_lessons), len(rows_chars)//10))
     def lora(model, rows, steps): return train(model, rows, None, steps, BATCH, 2e-3, collate=collate, seed=1, progress=False, arguments=dict(weight_decay=0.))
-    steps, each = 2600, 0.
-    if small: steps = 3
-    say("actor: a step", round(each, 3), "s;", steps, "steps")
+    steps = 3 if small else 2600
     model = actor(); history = lora(model, mix, steps)
     log["actor"] = dict(steps=steps, batch=BATCH, loss=history["loss"][::5], seconds=history["seconds"])
     say("actor loss", [round(x, 3) for x in history["loss"][::6]])
@@ -105,14 +93,10 @@ if __name__ == "__main__":
     def blank(): torch.manual_seed(0); return small_student(tok)
     def read(m, rows, steps): return distill(m, base, rows, None, steps, tok, tok, temperature=1., learning_rate=3e-3, batch_size=2 if small else 48, seed=0, fused=False, optimizer="muon", collate=collate, progress=False)
     def learn(m, rows, steps): return distill(m, merged, rows, None, steps, tok, tok, temperature=1., learning_rate=2e-3, batch_size=2 if small else 16, seed=0, fused=False, optimizer="muon", collate=collate, progress=False)
-    steps, each = 2400, 0.
-    if small: steps = 2
-    say("reading: a step", round(each, 3), steps)
+    steps = 2 if small else 2400
     student = blank(); h = read(student, reading, steps); log["reading"] = dict(steps=steps, batch=48, loss=h["loss"][::5]); say("reading", [round(x, 3) for x in h["loss"][::6]])
     everything = rows_chars[:9000] + rows_lessons*2
-    steps, each = 3000, 0.
-    if small: steps = 2
-    say("lessons: a step", round(each, 3), steps)
+    steps = 2 if small else 3000
     h = learn(student, everything, steps); log["lessons"] = dict(steps=steps, batch=16, loss=h["loss"][::5]); say("lessons", [round(x, 3) for x in h["loss"][::6]])
     student.to(torch.bfloat16).save_pretrained(f"{out}/student")
     log["student_score"] = measure(student.eval(), tok, 8 if small else 200); say("student", json.dumps(log["student_score"], ensure_ascii=False))
