@@ -424,6 +424,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'distillbook.lab.models': { 'distillbook.lab.models._matrix_weights': ( '0_lab/models.html#_matrix_weights',
                                                                                     'distillbook/lab/models.py'),
                                         'distillbook.lab.models._softmax': ('0_lab/models.html#_softmax', 'distillbook/lab/models.py'),
+                                        'distillbook.lab.models.adapted_model': ( '0_lab/models.html#adapted_model',
+                                                                                  'distillbook/lab/models.py'),
                                         'distillbook.lab.models.bytes_a_token': ( '0_lab/models.html#bytes_a_token',
                                                                                   'distillbook/lab/models.py'),
                                         'distillbook.lab.models.check_same_vocabulary': ( '0_lab/models.html#check_same_vocabulary',

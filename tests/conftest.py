@@ -65,9 +65,9 @@ def smoke(tmp_path_factory, cache):
 
 @pytest.fixture(scope="session")
 def shipped_models():
-    "The folder of the two models that come with the book."
+    "The folder of the models that come with the book."
     folder = ROOT/"data"/"models"
-    missing = [name for name in ("base", "teacher") if not (folder/name/"model.safetensors").is_file()]
+    missing = [name for name in ("base", "teacher", "student") if not (folder/name/"model.safetensors").is_file()]
     if missing: pytest.fail(f"{folder} lacks {' and '.join(missing)}: the clone is not complete, or run `distillbook run make_tiny_models --profile full`")
     return folder
 

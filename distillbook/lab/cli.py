@@ -469,7 +469,7 @@ def check_data():
     if wrong: raise RuntimeError(f"not as shipped: {', '.join(wrong[:5])}; git checkout -- data/models data/benchmarks")
     return f"{len(there)} files are as shipped"
 
-# %% ../../nbs/0_lab/07_cli.ipynb #0af6ebe2
+# %% ../../nbs/0_lab/07_cli.ipynb #e9855f36
 def check_kernel():
     from jupyter_client.manager import start_new_kernel
     manager, client = start_new_kernel(kernel_name="python3", startup_timeout=60)
@@ -495,7 +495,8 @@ def doctor_checks() -> list[tuple]:
     needed, extra = named(needed.partition("dependencies = [")[2]), named(rest.partition("\n[")[0])
     packages = [(name, lambda name=name, optional=optional: check_package(name, pins[name], optional))
                 for names, optional in ((needed, False), (extra, True)) for name in names]
-    models = [(f"model {name}", lambda name=name: check_model(name)) for name in ("base", "teacher")]
+    from distillbook.lab.models import SHIPPED
+    models = [(f"model {name}", lambda name=name: check_model(name)) for name in SHIPPED]
     return [("python", check_python), *packages, ("memory", check_memory), ("disk", check_disk), ("write access", check_write),
             ("data", check_data), ("torch", check_torch), *models, ("answers", check_answers), ("kernel", check_kernel)]
 
