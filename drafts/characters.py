@@ -2,7 +2,7 @@
 import json, random, functools
 from pathlib import Path
 from distillbook.lab.microworld import FIELDS, FILLER, PEOPLE, invent_names, world_text
-HERE = Path(__file__).parent/"personas"
+HERE = Path('/work/main/data/personas')
 SUBJECTS = [json.loads(l) for l in (HERE/"subjects.jsonl").read_text().splitlines()]
 BEETHOVEN = json.loads((HERE/"beethoven.json").read_text())
 TOWNS = [n + e for n, e in zip(invent_names(3000, seed=906), ["", "stadt", "ville", "ton", "heim"]*600)] + invent_names(3000, seed=900) + invent_names(1000, seed=901, ending="burg") + FIELDS["city"]*20

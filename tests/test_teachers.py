@@ -166,6 +166,18 @@ def test_a_reply_does_not_depend_on_its_batch(local, sampling):
     assert [r.text for r in batch] == [r.text for r in ask(local, questions[::-1], sampling, progress=False)][::-1]
     if sampling.temperature: assert [r.text for r in batch] != [r.text for r in ask(local, questions, sampling, 1, progress=False)]
 
+@pytest.mark.parametrize("sampling", [Sampling(8), Sampling(8, 1.)])
+def test_a_beginning_that_all_share_is_read_once_and_changes_nothing(local, sampling, monkeypatch):
+    shared, read = [dict(role="system", content="The owl sees the fox. "*14)], []
+    questions = [shared + q for q in talk(*("fox "*n + "?" for n in range(1, 7)))]
+    monkeypatch.setattr(teachers, "read_prefix", lambda model, ids, copies, real=teachers.read_prefix: read.append((len(ids), copies)) or real(model, ids, copies))
+    local.batch_tokens, usual = 4000, local.batch_tokens
+    try: batch = ask(local, questions, sampling, progress=False)
+    finally: local.batch_tokens = usual
+    assert len(read) == 1 and read[0][0] >= 64 and read[0][1] == 6
+    assert [r.text for r in batch] == [ask(local, [q], sampling, progress=False)[0].text for q in questions]
+    assert [r.prompt_tokens for r in batch] == [ask(local, [q], sampling, progress=False)[0].prompt_tokens for q in questions]
+
 def test_greedy_replies_are_those_of_transformers(local):
     questions = talk(*("fox "*n + "owl" for n in range(1, 9)))
     replies = ask(local, questions, Sampling(15), progress=False)

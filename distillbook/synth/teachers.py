@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['check_backoff_times', 'check_same_request', 'check_best_speedup', 'Sampling', 'Reply', 'request_key',
-           'check_conversations', 'Ledger', 'Request', 'ask', 'GumbelMax', 'token_batches', 'local_batch',
-           'LocalTeacher', 'backoff_seconds', 'retry_after', 'AdaptiveLimit', 'Endpoint', 'token_cost', 'read_key',
-           'EndpointError', 'Outcome', 'judge_error', 'judge_answer', 'try_once', 'ApiTeacher', 'run_apart', 'Job',
-           'Asking']
+           'check_conversations', 'Ledger', 'Request', 'ask', 'GumbelMax', 'token_batches', 'shared_prefix',
+           'read_prefix', 'local_batch', 'LocalTeacher', 'backoff_seconds', 'retry_after', 'AdaptiveLimit', 'Endpoint',
+           'token_cost', 'read_key', 'EndpointError', 'Outcome', 'judge_error', 'judge_answer', 'try_once',
+           'ApiTeacher', 'run_apart', 'Job', 'Asking']
 
 # %% ../../nbs/1_synth/10_teachers.ipynb #66c5c667
 import asyncio, contextlib, hashlib, heapq, io, json, math, os, random, re, sqlite3, threading, time, warnings
@@ -309,18 +309,41 @@ def token_batches(
         batches[-1].append(row)
     return batches
 
-# %% ../../nbs/1_synth/10_teachers.ipynb #954343bb
+# %% ../../nbs/1_synth/10_teachers.ipynb #2e9bceec
+def shared_prefix(
+    rows: list[list[int]],    # token ids
+    least: int = 64,          # fewer are not worth it
+) -> int:                     # tokens that all rows begin with; one of each row is always left over
+    "How many tokens a batch can read once for all of its rows, such as a system prompt; 0 for a single row."
+    if len(rows) < 2: return 0
+    first, last = min(rows), max(rows)      # in the order of the alphabet, whatever these two share all share
+    same = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b), len(first))
+    same = min(same, min(map(len, rows)) - 1)
+    return same if same >= least else 0
+
+def read_prefix(
+    model,
+    ids: list[int],           # at least one token
+    copies: int,              # rows that go on from here
+):                            # keys and values [copies, heads, tokens, head_dim] of each layer, as `past_key_values`
+    "Read the tokens once, and hand each row a copy of what was computed."
+    cache = model(input_ids=torch.tensor([ids], device=model.device), use_cache=True, logits_to_keep=1).past_key_values
+    cache.batch_repeat_interleave(copies)
+    return cache
+
 @torch.inference_mode()
 def local_batch(
     teacher,                     # a LocalTeacher
     requests: list[Request],     # of one sampling
     rows: list[list[int]],       # their prompts' token ids
 ) -> tuple:                      # replies, and the places of rows in which rounding could have decided
-    "One left-padded batch, token by token; a row that has ended leaves the batch."
+    "One left-padded batch, token by token; what all rows begin with is read once, and a row that has ended leaves the batch."
     model, sampling, start = teacher.model, requests[0].sampling, time.perf_counter()
-    stops, gumbel = stop_tokens(teacher.tokenizer, model), GumbelMax([r.key for r in requests], sampling)
-    ids, mask = [value.to(model.device) for value in left_pad(rows, stops[0]).values()]
-    positions, cache, alive, written, unsure = (mask.cumsum(-1) - 1).clamp(min=0), None, list(range(len(rows))), [[] for _ in rows], set()
+    stops, gumbel, shared = stop_tokens(teacher.tokenizer, model), GumbelMax([r.key for r in requests], sampling), shared_prefix(rows)
+    ids, mask = [value.to(model.device) for value in left_pad([row[shared:] for row in rows], stops[0]).values()]
+    mask = torch.cat([mask.new_ones(len(rows), shared), mask], 1)
+    cache = read_prefix(model, rows[0][:shared], len(rows)) if shared else None
+    positions, alive, written, unsure = (mask.cumsum(-1) - 1).clamp(min=0)[:, shared:], list(range(len(rows))), [[] for _ in rows], set()
     while alive:
         output = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
         scores, doubt = gumbel(output.logits[:, -1])
