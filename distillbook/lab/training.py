@@ -230,7 +230,7 @@ def run_trainer(
     model.eval()
     return history_of(log) | dict(seconds=time.perf_counter() - begun, resumed_from=resumed_from)
 
-# %% ../../nbs/0_lab/09_training.ipynb #d9585081
+# %% ../../nbs/0_lab/09_training.ipynb #5ee76cf1
 def train(
     model: PreTrainedModel,          # float32 weights; trained in place
     dataset,                         # rows dict(input_ids, labels[, position_ids]) of tensors
@@ -252,7 +252,7 @@ def train(
     progress: bool = True,
     trainer_class: type = Trainer,   # or a subclass
     arguments: dict | None = None,   # more fields of TrainingArguments
-    **trainer_options,               # more for the trainer class, such as a teacher; `optimizers` only without "muon"
+    **trainer_options,               # more for the trainer class, such as a teacher or callbacks; `optimizers` only without "muon"
 ) -> dict:                           # step, loss, learning_rate, gradient_norm (lists); seconds, resumed_from
     "Train with transformers' Trainer, quietly, so that a killed run goes on where it was."
     check_rows(dataset, model.get_input_embeddings().num_embeddings)
@@ -271,7 +271,7 @@ def train(
             accumulation, precision, device, torch_compile, **(more | (arguments or {})))
         if optimizer == "muon": trainer_options["optimizers"] = (MuonAdamW(model.to(args.device), args.learning_rate, args.weight_decay), None)
         trainer = stop_at_nan(trainer_class)(model=model, args=args, train_dataset=dataset,
-            data_collator=collate or stack_rows, callbacks=[KeepWeightsFinite()], **trainer_options)
+            data_collator=collate or stack_rows, callbacks=[KeepWeightsFinite(), *trainer_options.pop("callbacks", [])], **trainer_options)
         return run_trainer(trainer, start, progress)
 
 # %% ../../nbs/0_lab/09_training.ipynb #7c2f9b31
