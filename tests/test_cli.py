@@ -129,6 +129,24 @@ def test_doctor_names_what_is_wrong(tmp_path):
     assert any("tqdm" in line and "0.0.1" in line for line in failed) and any("model teacher" in line for line in failed)
 
 
+def chat(arguments, typed):
+    return subprocess.run([sys.executable, "-m", "distillbook", "chat", *arguments], input=typed, capture_output=True, text=True, cwd=ROOT, env=environment(), timeout=300)
+
+def test_chat_answers_line_by_line_with_a_prompt_from_a_file():
+    done = chat(["actor", "--system", "data/personas/beethoven.md"], "Where were you born?\nWho was your teacher?\n\nnever read\n")
+    answers = done.stdout.splitlines()
+    assert done.returncode == 0 and len(answers) == 2, done.stderr
+    assert "Bonn" in answers[0] and "Haydn" in answers[1] and all(a.startswith("Ha!") for a in answers)
+
+def test_chat_goes_on_after_a_question_that_is_too_long():
+    done = chat(["student", "--new-tokens", "20"], "fox "*3000 + "\nWho are you?\n")
+    assert done.returncode == 0 and "make it shorter" in done.stderr and len(done.stdout.splitlines()) == 1
+
+@pytest.mark.parametrize("arguments, says", [(["./nothing"], "no model folder"), (["data"], "no config.json"), (["student", "--new-tokens", "0"], "new-tokens")])
+def test_chat_refuses_at_once(arguments, says):
+    done = chat(arguments, "Who are you?\n")
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
 def test_report_is_one_page_without_links_to_files(finished, tmp_path):
     done = book("report", finished["folder"], "--out", tmp_path/"page.html")
     page = (tmp_path/"page.html").read_text()

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OUT_OF_ROLE', 'GREETINGS', 'THANKS', 'check_strip', 'check_lora_size', 'check_falls', 'Persona', 'load_persona',
-           'persona_points', 'put_into_words', 'draw_questions', 'unseen_templates', 'test_questions',
-           'prompted_answers', 'conversation_of', 'persona_score', 'split_rows', 'student_rows', 'add_lora',
-           'example_losses', 'Looks', 'train_persona', 'save_merged', 'teacher_entropy', 'share_of_falls']
+           'persona_points', 'put_into_words', 'draw_questions', 'unseen_templates', 'test_questions', 'load_here',
+           'prompted_answers', 'conversation_of', 'persona_score', 'split_rows', 'reply_row', 'student_rows',
+           'add_lora', 'example_losses', 'Looks', 'train_persona', 'save_merged', 'teacher_entropy', 'share_of_falls']
 
 # %% ../../nbs/2_distill/23_prompt_kd.ipynb #2f80facb
 import hashlib, itertools, json, math, random, time
@@ -114,7 +114,15 @@ def test_questions(
     return [dict(subject=s["subject"], template=t, question=put_into_words(t, rng, plain=1. if way == 0 else 0.))
             for s in persona.subjects for t in s["questions"] if t in unseen for way in range(ways)]
 
-# %% ../../nbs/2_distill/23_prompt_kd.ipynb #bb5a1a01
+# %% ../../nbs/2_distill/23_prompt_kd.ipynb #d3253c92
+def load_here(
+    name: str,                 # as in load_model
+    training: bool = True,     # weights in float32; only asked, a model on a GPU has bfloat16
+) -> PreTrainedModel:
+    "A model on the GPU, if there is one."
+    if not torch.cuda.is_available(): return load_model(name)
+    return load_model(name, "float32" if training else "bfloat16", "cuda")
+
 def prompted_answers(
     teacher: str,            # as in load_model
     system: str | None,      # the system prompt; None asks without one
@@ -124,7 +132,7 @@ def prompted_answers(
     seed: int = 0,
 ) -> dict:                   # answers; prompt_tokens and completion_tokens in all
     "What a model answers with a system prompt before each question; seeds go up by one from question to question."
-    model, tokenizer = load_model(teacher), load_tokenizer(teacher)
+    model, tokenizer = load_here(teacher, training=False), load_tokenizer(teacher)
     local = LocalTeacher(model, tokenizer, str(teacher), batch_tokens=80_000)
     before = [dict(role="system", content=system)] if system else []
     replies = ask(local, [[*before, dict(role="user", content=q)] for q in questions], Sampling(new_tokens, temperature), [seed*1_000_000 + n for n in range(len(questions))], progress=False)
@@ -151,7 +159,7 @@ def persona_score(
     points = [persona_points(persona, i["subject"], a) for i, a in zip(items, answers)]
     return {name: float(np.mean([p[name] for p in points])) for name in points[0]} | dict(answers=answers)
 
-# %% ../../nbs/2_distill/23_prompt_kd.ipynb #6b321804
+# %% ../../nbs/2_distill/23_prompt_kd.ipynb #6af4279c
 def split_rows(
     rows: list[dict],                # subject, template, question, answer
     unseen: set[str],                # templates to leave out
@@ -164,6 +172,18 @@ def split_rows(
     apart = set(order[:round(len(order)*validation)])
     return [r for r in kept if r["question"] not in apart], [r for r in kept if r["question"] in apart]
 
+def reply_row(
+    messages: list[dict],            # ends with an answer
+    tokenizer,
+) -> dict:                           # input_ids and labels: -100 outside the answer and its end token
+    "As `chat_example`, also for a chat template that does not mark its answers, such as Qwen's: the answer is what follows the prompt."
+    if "generation %}" in (tokenizer.chat_template or ""): return chat_example(messages, tokenizer)
+    prompt = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    if not whole.startswith(prompt): raise ValueError(f"the chat template does not begin a conversation as it begins a request, so the answer cannot be found: {whole[:80]!r} and {prompt[:80]!r}")
+    before, after = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole[len(prompt):].rstrip("\n"))]
+    return dict(input_ids=before + after, labels=[-100]*len(before) + after)
+
 def student_rows(
     rows: list[dict],                # question and answer
     tokenizer,
@@ -171,7 +191,7 @@ def student_rows(
     system: str | None = None,       # None: stripped
 ) -> list[dict]:                     # input_ids and labels
     "What the student learns from: no system prompt, and loss on the answers alone."
-    made = [chat_example(conversation_of(r["question"], r["answer"], system), tokenizer) for r in rows]
+    made = [reply_row(conversation_of(r["question"], r["answer"], system), tokenizer) for r in rows]
     return made if responses_only else [dict(input_ids=m["input_ids"], labels=list(m["input_ids"])) for m in made]
 
 # %% ../../nbs/2_distill/23_prompt_kd.ipynb #6beb8d2d
@@ -227,7 +247,7 @@ class Looks(TrainerCallback):
             part = self.path.with_suffix(".part")
             part.write_text(json.dumps(self.seen)); part.replace(self.path)
 
-# %% ../../nbs/2_distill/23_prompt_kd.ipynb #dbfef8df
+# %% ../../nbs/2_distill/23_prompt_kd.ipynb #f68ee090
 def train_persona(
     student: str,                   # as in load_model
     persona: str,                   # as in load_persona
@@ -247,7 +267,7 @@ def train_persona(
 ) -> dict:                          # history, looks (step -> shares and losses), folder
     "Train a student without the prompt on answers that were given with it; a killed run goes on, with a checkpoint every 100 steps."
     who, tokenizer = load_persona(persona), load_tokenizer(student)
-    model = add_lora(load_model(student), rank, alpha, seed)
+    model = add_lora(load_here(student), rank, alpha, seed)
     data, counted = [student_rows(rows, tokenizer, flag) for flag in (responses_only, True)]
     watch = Looks({*looks, steps}, tokenizer, who, counted[:64], student_rows(validate, tokenizer), items, checkpoints)
     history = train(model, data, checkpoints, steps, batch_size, learning_rate, collate=collate, seed=seed, save_steps=100 if checkpoints else None,
@@ -265,7 +285,7 @@ def save_merged(
     merged.save_pretrained(folder); tokenizer.save_pretrained(folder)
     return Path(folder)
 
-# %% ../../nbs/2_distill/23_prompt_kd.ipynb #97100305
+# %% ../../nbs/2_distill/23_prompt_kd.ipynb #b4f98187
 @torch.no_grad()
 def teacher_entropy(
     teacher: str,              # as in load_model
@@ -274,16 +294,16 @@ def teacher_entropy(
     temperature: float = 1.,   # at which the answers were sampled
 ) -> list[float]:              # nats a token, one value for each row: the mean over the answer and its end
     "Entropy of the distribution that the teacher drew each token from, -sum p log p, with the prompt before it."
-    model, tokenizer = load_model(teacher), load_tokenizer(teacher)
+    model, tokenizer = load_here(teacher, training=False), load_tokenizer(teacher)
     made = student_rows(rows, tokenizer, system=system)
     shared = next(i for i, tokens in enumerate(zip(*(m["input_ids"] for m in made))) if len(set(tokens)) > 1) if len(rows) > 1 else 1
     found = []
     for m in made:
         cache = read_prefix(model, m["input_ids"][:shared], 1) if not found else cache
-        logits = model(input_ids=torch.tensor([m["input_ids"][shared:]]), past_key_values=cache).logits[0, :-1].float()/temperature
+        logits = model(input_ids=torch.tensor([m["input_ids"][shared:]], device=model.device), past_key_values=cache).logits[0, :-1].float()/temperature
         cache.crop(shared - len(m["input_ids"]))      # back to the prompt
         entropy = torch.distributions.Categorical(logits=logits).entropy()
-        found.append(entropy[torch.tensor(m["labels"][shared+1:]) != -100].mean().item())
+        found.append(entropy.cpu()[torch.tensor(m["labels"][shared+1:]) != -100].mean().item())
     return found
 
 # %% ../../nbs/2_distill/23_prompt_kd.ipynb #1ee18cd6

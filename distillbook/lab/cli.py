@@ -7,11 +7,11 @@ __all__ = ['VERDICT_STYLES', 'app', 'Overrides', 'Profile', 'LARGEST_NOTEBOOK', 
            'split_overrides', 'Plan', 'plan_run', 'Watch', 'explain_failure', 'Outcome', 'write_json', 'execute',
            'console', 'print_table', 'complain', 'print_record', 'run_command', 'grid', 'sweep_rows', 'sweep',
            'sweep_command', 'reference_record', 'header_numbers', 'list_command', 'claims_command', 'claims_table',
-           'report_command', 'read_constraints', 'Skipped', 'check_python', 'check_package', 'check_torch',
-           'check_memory', 'check_disk', 'check_write', 'check_model', 'data_files', 'data_sums', 'write_sums',
-           'check_data', 'check_kernel', 'check_answers', 'doctor_checks', 'doctor_command', 'store_outputs',
-           'clean_notebook', 'set_header', 'stale_notebooks', 'refresh_outputs', 'readme_text', 'write_readme',
-           'outputs_command']
+           'report_command', 'fit_history', 'stream_reply', 'chat_command', 'chat', 'read_constraints', 'Skipped',
+           'check_python', 'check_package', 'check_torch', 'check_memory', 'check_disk', 'check_write', 'check_model',
+           'data_files', 'data_sums', 'write_sums', 'check_data', 'check_kernel', 'check_answers', 'doctor_checks',
+           'doctor_command', 'store_outputs', 'clean_notebook', 'set_header', 'stale_notebooks', 'refresh_outputs',
+           'readme_text', 'write_readme', 'outputs_command']
 
 # %% ../../nbs/0_lab/07_cli.ipynb #1dacf57b
 import contextlib, hashlib, itertools, json, math, os, re, shutil, sys, tempfile, time
@@ -384,6 +384,78 @@ def report_command(
 ):
     "Draw one or many runs as one HTML page that needs nothing else; the last line printed is its path."
     with _usage(): print(write_report(sources or [], out), flush=True)
+
+# %% ../../nbs/0_lab/07_cli.ipynb #b202af36
+def fit_history(
+    messages: list[dict],    # a conversation that ends with a question
+    tokenizer,
+    room: int,               # tokens that a prompt may have
+) -> list[dict]:
+    "The conversation without its oldest turns, so that it fits; the system prompt and the last question always stay."
+    from distillbook.lab.models import encode_prompts
+    head, turns = [m for m in messages if m["role"] == "system"], [m for m in messages if m["role"] != "system"]
+    while True:
+        tokens = len(encode_prompts(tokenizer, [head + turns])[0])
+        if tokens <= room: return head + turns
+        if len(turns) < 2: raise ValueError(f"the question has {tokens} tokens with its system prompt, and there is room for {room}: make it shorter")
+        turns = turns[2:]
+
+# %% ../../nbs/0_lab/07_cli.ipynb #d319f2a5
+def stream_reply(
+    model, tokenizer,
+    messages: list[dict],
+    new_tokens: int = 64,
+    temperature: float = 0.,    # 0 takes the likeliest token
+    show=None,                  # a transformers streamer; None shows nothing
+) -> str:
+    "One answer, shown as it grows."
+    import torch
+    from transformers import GenerationConfig
+    from distillbook.lab.models import encode_prompts, stop_tokens
+    row, stops = torch.tensor(encode_prompts(tokenizer, [messages])), stop_tokens(tokenizer, model)
+    sampling = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.) if temperature > 0 else dict(do_sample=False)
+    settings = GenerationConfig(max_new_tokens=new_tokens, eos_token_id=stops, pad_token_id=stops[0], **sampling)
+    own, model.generation_config = model.generation_config, settings      # the model's own settings stay out
+    try: output = model.generate(row.to(model.device), attention_mask=torch.ones_like(row).to(model.device), generation_config=settings, streamer=show)
+    finally: model.generation_config = own
+    return tokenizer.decode(output[0, row.shape[1]:], skip_special_tokens=True)
+
+# %% ../../nbs/0_lab/07_cli.ipynb #81096d63
+@app.command("chat", epilog="Examples:  distillbook chat teacher   |   distillbook chat actor --system data/personas/beethoven.md   |   echo 'Where were you born?' | distillbook chat FOLDER")
+def chat_command(
+    model: Annotated[str, typer.Argument(help="A shipped model (teacher, student, actor), a folder, or a hub name.")],
+    system: Annotated[str, typer.Option(help="A system prompt, or a file that holds one.")] = "",
+    temperature: Annotated[float, typer.Option(min=0., help="0 takes the likeliest token.")] = 0.,
+    new_tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens an answer.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,
+):
+    "Talk with a model: each line is a question; an empty line, or the end of the input, ends it."
+    with _usage(): chat(model, system, temperature, new_tokens, seed)
+
+def _typed():
+    "Lines as they are typed."
+    while True:
+        try: yield input("> ")
+        except EOFError: return
+
+def chat(model, system="", temperature=0., new_tokens=64, seed=0, lines=None):
+    "The conversation behind `distillbook chat`; returns its messages."
+    import torch
+    from transformers import TextStreamer
+    from distillbook.lab.models import load_model, load_tokenizer
+    tokenizer, files = load_tokenizer(model), Path(system) if system and len(system) < 1000 and Path(system).is_file() else None
+    if not tokenizer.chat_template: raise ValueError(f"{model} has no chat template: it continues texts and does not answer")
+    talker = load_model(model)
+    room = (getattr(talker.config.get_text_config(), "max_position_embeddings", None) or 1_000_000) - new_tokens
+    messages = [dict(role="system", content=files.read_text(encoding="utf-8").strip() if files else system)] if system else []
+    torch.manual_seed(seed)
+    for line in lines if lines is not None else _typed() if sys.stdin.isatty() else sys.stdin:
+        if not line.strip(): break
+        try: messages = fit_history([*messages, dict(role="user", content=line.strip())], tokenizer, room)
+        except ValueError as error: complain(str(error)); continue
+        answer = stream_reply(talker, tokenizer, messages, new_tokens, temperature, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+        messages.append(dict(role="assistant", content=answer))
+    return messages
 
 # %% ../../nbs/0_lab/07_cli.ipynb #d4e97955
 def read_constraints(
