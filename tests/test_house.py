@@ -97,6 +97,17 @@ def test_outputs_carry_no_place_of_the_machine_that_made_them(path):
     said = "".join("".join(o.get("text", "")) for c in cells(path, "code") for o in c["outputs"])
     assert "site-packages/" not in said and "/.venv/" not in said, f"{name(path)}: an output names a place of one machine"
 
+def test_no_tracked_text_names_a_place_of_the_machine_that_wrote_it():
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if tracked.returncode: pytest.skip("not a git checkout: what is tracked is unknown")
+    here, found = str(ROOT.parent) + "/", []
+    for file in filter(None, tracked.stdout.split("\0")):
+        path = ROOT/file
+        if not path.is_file() or path.suffix in (".safetensors", ".png"): continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if len(here) > 2 and here in text or "/ro" + "ot/" in text: found.append(file)
+    assert not found, f"a place of one machine stands in {', '.join(found)}"
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=name)
 def test_a_chapter_has_its_title_and_promise(path):
     first = source(cells(path)[0]).splitlines()
