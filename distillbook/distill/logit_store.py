@@ -9,8 +9,8 @@ __all__ = ['ARRAYS', 'SPECIALS', 'check_rest_kl', 'check_index_bits', 'Told', 'k
            'read_entries', 'read_arrays', 'to_tokens', 'LogitFileError', 'check_array', 'check_ids', 'FileReport',
            'check_logits', 'check_entry', 'import_logits']
 
-# %% ../../nbs/2_distill/22_logit_store.ipynb #454b5e95
-import hashlib, json, math, re, shutil, warnings
+# %% ../../nbs/2_distill/22_logit_store.ipynb #52ba03d1
+import hashlib, json, math, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -347,7 +347,7 @@ def distill_from_store(
     return train(student, store, folder, steps, batch_size, learning_rate, collate=collate_store, trainer_class=StoreTrainer, store=store, tokenizer=tokenizer,
                  temperature=store.about["temperature"], alpha=alpha, store_name=name, **more)
 
-# %% ../../nbs/2_distill/22_logit_store.ipynb #0030c84e
+# %% ../../nbs/2_distill/22_logit_store.ipynb #1082f5dc
 _STRING, _SPACE = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL), re.compile(rb"[ \t\r\n]*")
 class JsonReader:
     "Walks through a JSON file with a window of a few megabytes, so that an array of any length can be taken out alone."
@@ -380,16 +380,11 @@ class JsonReader:
         if self.peek() != b"[": self.fail("[ should stand")
         while (end := self.text.find(b"]", self.at)) < 0:
             if not self.more(): self.fail("an array should end")
-        body = self.text[self.at+1:end].replace(b"null", b"nan")
-        if b"[" in body or b'"' in body or b"{" in body: self.value(); return None
+        body = self.text[self.at:end+1]
+        if b"[" in body[1:] or b'"' in body or b"{" in body: self.value(); return None
         self.at = end + 1
-        if not body.strip(): return np.zeros(0)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error")
-                values = np.fromstring(body, sep=",")
-        except (ValueError, DeprecationWarning): return None
-        return values if len(values) == body.count(b",") + 1 else None
+        try: return np.array(json.loads(body), np.float64)      # null becomes NaN
+        except (ValueError, TypeError): return None
     def value(self):
         "Anything else, whole."
         start = self.peek()
