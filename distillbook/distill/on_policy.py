@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['sample_replies', 'prompt_of', 'reply_rows', 'returns_to_go', 'advantage_loss', 'OnPolicyTrainer', 'own_batch',
-           'distill_on_policy']
+           'distill_on_policy', 'sorted_distance', 'encode_with_ends', 'aligned_places', 'uld_loss', 'TwoTokenizations',
+           'collate_two', 'CrossTokenizerTrainer', 'distill_across', 'mixture_log_probs', 'TeacherMixture']
 
-# %% ../../nbs/2_distill/24_on_policy.ipynb #2833ff93
-import json, random, time
+# %% ../../nbs/2_distill/24_on_policy.ipynb #0aa1ed26
+import json, math, random, time
 from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
-from .logit_kd import DistillTrainer, model_fingerprint
-from .losses import IGNORE, count_tokens, counted_rows, next_token_labels, real_vocabulary, soft_log_probs, token_mean
+from torch.utils.data import Dataset
+from transformers import GenerationConfig, PreTrainedModel, Trainer
+from .logit_kd import DistillTrainer, model_fingerprint, teacher_logits
+from .losses import IGNORE, ce_loss, count_tokens, next_token_labels, real_vocabulary, soft_log_probs, token_mean
 from ..lab.corpora import collate
 from ..lab.exercises import Exercise
 from ..lab.models import check_same_vocabulary, evaluating, left_pad, stop_tokens
@@ -165,3 +167,143 @@ def distill_on_policy(
     return train(student, data, folder, steps, trainer_class=OnPolicyTrainer, tokenizer=tokenizer, teacher=teacher, teacher_tokenizer=tokenizer,
                  share=share, kind=kind, temperature=temperature, advantage=advantage, loss_options=loss_options,
                  run_settings=json.dumps(same_run, sort_keys=True), **more)
+
+# %% ../../nbs/2_distill/24_on_policy.ipynb #d94183b7
+def sorted_distance(
+    p: Tensor,            # [..., words], probabilities
+    q: Tensor,            # [..., other words], of another vocabulary
+) -> Tensor:              # [...], 0 to 2
+    "Sum of |p - q| after both are sorted, the shorter one filled up with zeros (ULD; Boizard et al. 2024, eq. 5)."
+    p, q = (x.sort(dim=-1, descending=True).values for x in (p, q))
+    size = max(p.shape[-1], q.shape[-1])
+    p, q = (F.pad(x, (0, size - x.shape[-1])) for x in (p, q))
+    return (p - q).abs().sum(-1)
+
+# %% ../../nbs/2_distill/24_on_policy.ipynb #26163464
+def encode_with_ends(
+    tokenizer,            # a fast one
+    text: str,
+) -> tuple[list[int], list[int]]:   # token ids; for each token how many characters have been read after it
+    "A text's tokens, and where in the text each of them ends."
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+
+def aligned_places(
+    ends: list[int],          # of one tokenizer's tokens, see encode_with_ends
+    other_ends: list[int],    # of another's, on the same text
+) -> list[tuple[int, int]]:   # (i, j): after i tokens of the one and j of the other, both have read the same text
+    "The places inside a text at which both tokenizers end a token; the spans between them hold the same text for both."
+    one, other = ({end: place for place, end in enumerate(e, 1)} for e in (ends, other_ends))   # of pieces of one character the last wins
+    last = max(one, default=0)
+    if last != max(other, default=0): raise ValueError(f"the tokens end after {last} and {max(other, default=0)} characters: they are not of one text")
+    return [(one[end], other[end]) for end in sorted(one.keys() & other.keys()) if 0 < end < last]
+
+# %% ../../nbs/2_distill/24_on_policy.ipynb #264665e4
+def uld_loss(
+    student_logits: Tensor,   # [batch, seq, vocab]
+    teacher_logits: Tensor,   # [batch, other seq, other vocab]; no gradient flows to it
+    places: Tensor,           # [aligned, 3]: row, tokens that the student has read, tokens that the teacher has read
+    temperature: float = 1.0,
+    num_items: int | Tensor | None = None,   # divide by this, default the number of places
+) -> Tensor:                  # scalar, 0 to 2 a place
+    "Mean sorted distance of the two beliefs about what comes next, wherever both have read the same text; 0 without such places."
+    row, ours, theirs = places.unbind(-1)
+    student, teacher = (soft_log_probs(x, temperature).exp() for x in (student_logits[row, ours - 1], teacher_logits.detach()[row, theirs - 1]))
+    return token_mean(sorted_distance(student, teacher), num_items)
+
+# %% ../../nbs/2_distill/24_on_policy.ipynb #669b3da8
+class TwoTokenizations(Dataset):
+    "Texts as two tokenizers cut them, with the places where both have read the same."
+    def __init__(self,
+        texts: list[str],
+        tokenizer, teacher_tokenizer,
+        teacher_hidden: Tensor | None = None,   # [texts, teacher's tokens, width], if the teacher's states were kept
+    ):
+        self.rows = [self.row(text, tokenizer, teacher_tokenizer) for text in texts]
+        self.teacher_hidden = teacher_hidden
+    def row(self, text, tokenizer, teacher_tokenizer):
+        (ids, ends), (others, other_ends) = (encode_with_ends(t, text) for t in (tokenizer, teacher_tokenizer))
+        return dict(input_ids=ids, labels=ids, teacher_ids=others, places=aligned_places(ends, other_ends))
+    def __len__(self): return len(self.rows)
+    def __getitem__(self, i): return self.rows[i] | ({} if self.teacher_hidden is None else dict(teacher_hidden=self.teacher_hidden[i]))
+
+def collate_two(
+    rows: list[dict],    # of TwoTokenizations
+) -> dict:
+    "The student's batch as `collate` makes it, the teacher's beside it, and the places as [aligned, 3]."
+    batch = collate([dict(input_ids=row["input_ids"], labels=row["labels"]) for row in rows])
+    other = collate([dict(input_ids=row["teacher_ids"], labels=row["teacher_ids"]) for row in rows])
+    places = [(number, i, j) for number, row in enumerate(rows) for i, j in row["places"]]
+    batch |= dict(teacher_ids=other["input_ids"], teacher_mask=other["attention_mask"], places=torch.tensor(places, dtype=torch.long).reshape(-1, 3))
+    if "teacher_hidden" in rows[0]: batch["teacher_hidden"] = torch.nn.utils.rnn.pad_sequence([row["teacher_hidden"] for row in rows], batch_first=True)
+    return batch
+
+# %% ../../nbs/2_distill/24_on_policy.ipynb #26bf946b
+class CrossTokenizerTrainer(Trainer):
+    "transformers' Trainer: cross-entropy on the student's tokens, and a weight times the sorted distance from a teacher with other tokens."
+    def __init__(self, *arguments,          # as for Trainer; rows of TwoTokenizations, collate_two
+        teacher: PreTrainedModel | None,    # None leaves the cross-entropy alone
+        weight: float = 1.5,                # of the sorted distance (lambda of Boizard et al. 2024)
+        temperature: float = 1.0,
+        run_settings: str = "",             # what else a resumed run must agree on
+        **options,
+    ):
+        super().__init__(*arguments, **options)
+        self.teacher = None if teacher is None else teacher.to(self.args.device).eval()
+        self.weight, self.temperature = weight, temperature
+        self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = self._loss_shifts_labels = True
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = dict(inputs)
+        labels, places, ids, mask, states = (inputs.pop(name, None) for name in ("labels", "places", "teacher_ids", "teacher_mask", "teacher_hidden"))
+        with self.accelerator.autocast():
+            outputs = model(**inputs, use_cache=False)
+            num_items = count_tokens(labels) if num_items_in_batch is None else num_items_in_batch
+            loss = ce_loss(outputs.logits, next_token_labels(labels), num_items)
+            if self.teacher is not None and model.training:
+                told = teacher_logits(self.teacher, dict(input_ids=ids, attention_mask=mask), states)
+                loss = loss + self.weight*uld_loss(outputs.logits, told, places, self.temperature, num_items)
+        return (loss, outputs) if return_outputs else loss
+
+# %% ../../nbs/2_distill/24_on_policy.ipynb #765b99a1
+def distill_across(
+    student: PreTrainedModel,      # trained in place
+    teacher: PreTrainedModel | None,    # None trains by cross-entropy alone
+    data: TwoTokenizations,
+    folder,                        # for checkpoints; None keeps none
+    steps: int,                    # optimizer steps
+    weight: float = 1.5, temperature: float = 1.0,   # as in CrossTokenizerTrainer
+    **more,                        # more for train
+) -> dict:                         # the history, as train returns it
+    "Train a student whose tokenizer is not the teacher's (Boizard et al. 2024); a killed run goes on."
+    return train(student, data, folder, steps, collate=collate_two, trainer_class=CrossTokenizerTrainer, teacher=teacher, weight=weight,
+                 temperature=temperature, run_settings=str(model_fingerprint(teacher)), **more)
+
+# %% ../../nbs/2_distill/24_on_policy.ipynb #cd42d1ff
+def mixture_log_probs(
+    logits: list[Tensor],            # each [..., vocab], one vocabulary
+    weights: list[float] | Tensor,   # not negative; they are divided by their sum
+) -> Tensor:                         # [..., vocab], log-probabilities of the mean distribution
+    "The log of the weighted mean of several models' probabilities, which is no mean of their logits."
+    weights = torch.as_tensor(weights, dtype=torch.float32)
+    if len(weights) != len(logits): raise ValueError(f"{len(logits)} models and {len(weights)} weights")
+    if (weights < 0).any() or not weights.sum() > 0: raise ValueError(f"weights must be 0 or more and not all 0: {weights.tolist()}")
+    weights = (weights / weights.sum()).tolist()
+    return torch.stack([soft_log_probs(x) + math.log(w) for x, w in zip(logits, weights) if w]).logsumexp(0)
+
+class TeacherMixture(torch.nn.Module):
+    "Several teachers with one vocabulary that speak as one: give it to DistillTrainer, with fused=False, where a teacher is asked for."
+    def __init__(self,
+        teachers: list[PreTrainedModel],
+        tokenizers: list,                    # one for each teacher; they must be the same map from token to id
+        weights: list[float] | None = None,  # equal by default
+    ):
+        super().__init__()
+        if not teachers: raise ValueError("a mixture needs a teacher")
+        if len(tokenizers) != len(teachers): raise ValueError(f"{len(teachers)} teachers and {len(tokenizers)} tokenizers: give one for each")
+        for other in tokenizers[1:]: check_same_vocabulary(tokenizers[0], other)
+        self.teachers, self.size = torch.nn.ModuleList(teachers), len(tokenizers[0])
+        self.register_buffer("weights", torch.tensor(weights or [1.]*len(teachers)))
+        self.config = SimpleNamespace(to_dict=lambda: dict(models=[t.config.to_dict() for t in teachers]), get_text_config=lambda: SimpleNamespace(vocab_size=self.size))
+    def get_output_embeddings(self): return None
+    def forward(self, **inputs):
+        return SimpleNamespace(logits=mixture_log_probs([real_vocabulary(t(**inputs).logits, self.size) for t in self.teachers], self.weights))
