@@ -205,24 +205,26 @@ def _ascending(x):
     if x.requires_grad or x.device.type != "cpu": return x.sort(dim=-1).values
     return torch.from_numpy(np.sort(x.numpy(), axis=-1))
 
-# %% ../../nbs/2_distill/24_on_policy.ipynb #e8ec5a27
+# %% ../../nbs/2_distill/24_on_policy.ipynb #cc1490f8
 def encode_with_ends(
     tokenizer,            # a fast one
     text: str,
-) -> tuple[list[int], list[int]]:   # token ids; for each token how many characters have been read after it
-    "A text's tokens, and where in the text each of them ends."
+) -> tuple[list[int], list[int]]:   # token ids; for each token the characters read after it, or -1 if it ends inside one
+    "A text's tokens, and where in the text each of them ends. A character of several bytes may be cut between two tokens."
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    return encoded["input_ids"], [end for _, end in encoded["offset_mapping"]]
+    ends = [end for _, end in encoded["offset_mapping"]]
+    starts = [start for start, _ in encoded["offset_mapping"][1:]] + ends[-1:]
+    return encoded["input_ids"], [end if following >= end else -1 for end, following in zip(ends, starts)]
 
 def aligned_places(
     ends: list[int],          # of one tokenizer's tokens, see encode_with_ends
     other_ends: list[int],    # of another's, on the same text
 ) -> list[tuple[int, int]]:   # (i, j): after i tokens of the one and j of the other, both have read the same text
     "The places inside a text at which both tokenizers end a token; the spans between them hold the same text for both."
-    one, other = ({end: place for place, end in enumerate(e, 1)} for e in (ends, other_ends))   # of pieces of one character the last wins
+    one, other = ({end: place for place, end in enumerate(e, 1) if end > 0} for e in (ends, other_ends))
     last = max(one, default=0)
     if last != max(other, default=0): raise ValueError(f"the tokens end after {last} and {max(other, default=0)} characters: they are not of one text")
-    return [(one[end], other[end]) for end in sorted(one.keys() & other.keys()) if 0 < end < last]
+    return [(one[end], other[end]) for end in sorted(one.keys() & other.keys()) if end < last]
 
 # %% ../../nbs/2_distill/24_on_policy.ipynb #e7303872
 def uld_loss(
