@@ -456,3 +456,27 @@ def test_trl_aligns_the_same_spans():
         (_, a), (_, b) = (encode_with_ends(t, text) for t in (TOKENIZER, OTHER))
         spans = gold.ULDLoss._align_by_byte_offsets(*([(s, e) for s, e in zip([0, *ends], ends)] for ends in (a, b)))
         assert aligned_places(a, b) == [(one[-1] + 1, other[-1] + 1) for one, other in zip(*spans)][:-1]
+
+def gkd_trainer(tmp_path, batch, lmbda):
+    gkd = pytest.importorskip("trl.experimental.gkd")
+    import datasets
+    settings = gkd.GKDConfig(output_dir=str(tmp_path), lmbda=lmbda, beta=0.5, report_to="none", use_cpu=True, bf16=False, per_device_train_batch_size=4)
+    return gkd.GKDTrainer(small(), TEACHER, settings, data_collator=lambda rows: batch, processing_class=TOKENIZER,
+                          train_dataset=datasets.Dataset.from_list([dict(messages=[dict(role="user", content="?")])]))
+
+def test_trl_takes_the_same_step(tmp_path):
+    batch = collate(ROWS)
+    count = count_tokens(batch["labels"])
+    peer = gkd_trainer(tmp_path, batch, 0.)
+    theirs = peer.training_step(peer.model, dict(batch), count).item()
+    _, history = learn(share=0., kind="jsd", log_steps=1, learning_rate=0.)
+    assert history["loss"][0] == pytest.approx(theirs, abs=1e-5)
+
+def test_trl_divides_own_replies_by_the_tokens_of_the_given_ones(tmp_path, monkeypatch):
+    given, own = collate(ROWS), collate(reply_rows(PROMPTS, [r[-1:] for r in REPLIES]))
+    peer = gkd_trainer(tmp_path, given, 1.)
+    monkeypatch.setattr(peer, "generate_on_policy_outputs", lambda *_: (own["input_ids"], own["attention_mask"], own["labels"]))
+    theirs = peer.training_step(peer.model, dict(given), count_tokens(given["labels"])).item()
+    labels = own.pop("labels")
+    with torch.no_grad(): right = distill_loss(small()(**own).logits, TEACHER(**own).logits, labels, kind="jsd", temperature=1.).item()
+    assert theirs == pytest.approx(right*count_tokens(labels).item()/count_tokens(given["labels"]).item(), rel=1e-4)
