@@ -61,6 +61,8 @@ def test_padding_on_the_left_changes_no_reply():
     alone = [sample_replies(model, [p], STOPS, 10, temperature=0)[0] for p in PROMPTS]
     assert sample_replies(model, PROMPTS, STOPS, 10, temperature=0) == alone
 
+def test_no_prompts_no_replies(): assert sample_replies(small(), [], STOPS, 4) == []
+
 def test_samples_follow_the_model():
     "First tokens of many draws against the model's probabilities, by chi-square."
     from scipy.stats import chisquare

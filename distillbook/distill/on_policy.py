@@ -24,7 +24,7 @@ from ..lab.exercises import Exercise
 from ..lab.models import check_same_vocabulary, evaluating, left_pad, stop_tokens
 from ..lab.training import train
 
-# %% ../../nbs/2_distill/24_on_policy.ipynb #ffc5174e
+# %% ../../nbs/2_distill/24_on_policy.ipynb #9e3967b7
 @torch.no_grad()
 def sample_replies(
     model: PreTrainedModel,        # the one that writes; its mode and its generation settings are left as they were
@@ -35,6 +35,7 @@ def sample_replies(
     seed: int = 0,                 # of the draws; the caller's random numbers go on as if nothing had been drawn
 ) -> list[list[int]]:              # each reply up to its first stop token, that one included
     "One reply to each prompt: a left-padded batch through `generate`, with its cache."
+    if not prompts: return []
     longest, context = max(map(len, prompts)), getattr(model.config, "max_position_embeddings", None)
     if not all(prompts): raise ValueError(f"prompt {[bool(p) for p in prompts].index(False)} is empty: there is nothing to reply to")
     if context and longest + max_new_tokens > context: raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the context of {context}")
