@@ -59,3 +59,15 @@ def test_the_hub_profile_of_the_flagship_on_an_untied_qwen3(cache, tmp_path):
     record = finished(tmp_path, cache, "ship_a_student", "--profile", "hub", "-p", f"teacher={teacher}", "-p", f"base={teacher}",
                       "-p", "corpus=docstrings:transformers", *(x for k, v in small.items() for x in ("-p", f"{k}={v}")))
     assert record.profile == "hub" and {"student_share_of_teacher", "student_perplexity_ratio"} <= {m.name for m in record.measures}
+
+def test_the_paper_profile_of_beethoven_on_a_template_without_marks(cache, tmp_path):
+    "As Qwen's chat template, the student's does not mark its answers; teacher and student are folders."
+    words = load_tokenizer("student")
+    load_model("actor").save_pretrained(tmp_path/"teacher"); words.save_pretrained(tmp_path/"teacher")
+    words.chat_template = words.chat_template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    load_model("student").save_pretrained(tmp_path/"student"); words.save_pretrained(tmp_path/"student")
+    small = dict(rows=42, steps=4, proof_steps=2, asked=1, timed=1, new_tokens=40)
+    record = finished(tmp_path, cache, "beethoven", "--profile", "paper", "-p", f"teacher={tmp_path/'teacher'}", "-p", f"student={tmp_path/'student'}", *(x for k, v in small.items() for x in ("-p", f"{k}={v}")))
+    assert record.profile == "paper" and record.parameters["learning_rate"] == 5e-5
+    right = {m.name: m.value for m in record.measures}
+    assert right["right[teacher, with prompt]"] > .8 and right["prompt_tokens_saved"] > 600

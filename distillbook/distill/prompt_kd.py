@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['OUT_OF_ROLE', 'GREETINGS', 'THANKS', 'check_strip', 'check_lora_size', 'check_falls', 'Persona', 'load_persona',
-           'persona_points', 'put_into_words', 'draw_questions', 'unseen_templates', 'test_questions', 'load_here',
-           'prompted_answers', 'conversation_of', 'persona_score', 'split_rows', 'reply_row', 'student_rows',
-           'add_lora', 'example_losses', 'Looks', 'train_persona', 'save_merged', 'teacher_entropy', 'share_of_falls']
+           'persona_points', 'put_into_words', 'draw_questions', 'unseen_templates', 'unseen_questions', 'load_here',
+           'without_thoughts', 'prompted_answers', 'conversation_of', 'persona_score', 'split_rows', 'reply_row',
+           'student_rows', 'add_lora', 'example_losses', 'Looks', 'train_persona', 'save_merged', 'teacher_entropy',
+           'share_of_falls']
 
-# %% ../../nbs/2_distill/23_prompt_kd.ipynb #2f80facb
-import hashlib, itertools, json, math, random, time
+# %% ../../nbs/2_distill/23_prompt_kd.ipynb #894e78fe
+import hashlib, itertools, json, random, re, warnings
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
@@ -94,7 +95,7 @@ def draw_questions(
         asked.append(dict(subject=subject["subject"], template=template, question=put_into_words(template, rng)))
     return rng.sample(asked, n)
 
-# %% ../../nbs/2_distill/23_prompt_kd.ipynb #e65c2984
+# %% ../../nbs/2_distill/23_prompt_kd.ipynb #b8f062b4
 def unseen_templates(
     persona: Persona,
     seed: int = 0,
@@ -103,7 +104,7 @@ def unseen_templates(
     rng = random.Random(f"unseen {seed}")
     return {rng.choice(sorted(set(s["questions"]))) for s in persona.subjects}
 
-def test_questions(
+def unseen_questions(
     persona: Persona,
     unseen: set[str],
     ways: int = 4,     # the template as it stands, and so many less one in other words
@@ -114,7 +115,7 @@ def test_questions(
     return [dict(subject=s["subject"], template=t, question=put_into_words(t, rng, plain=1. if way == 0 else 0.))
             for s in persona.subjects for t in s["questions"] if t in unseen for way in range(ways)]
 
-# %% ../../nbs/2_distill/23_prompt_kd.ipynb #d3253c92
+# %% ../../nbs/2_distill/23_prompt_kd.ipynb #1c51e892
 def load_here(
     name: str,                 # as in load_model
     training: bool = True,     # weights in float32; only asked, a model on a GPU has bfloat16
@@ -122,6 +123,12 @@ def load_here(
     "A model on the GPU, if there is one."
     if not torch.cuda.is_available(): return load_model(name)
     return load_model(name, "float32" if training else "bfloat16", "cuda")
+
+def without_thoughts(
+    answer: str,
+) -> str:
+    "The answer without what a reasoning model wrote between <think> and </think> before it."
+    return re.sub(r"\A\s*<think>.*?</think>\s*", "", answer, flags=re.DOTALL)
 
 def prompted_answers(
     teacher: str,            # as in load_model
@@ -136,7 +143,7 @@ def prompted_answers(
     local = LocalTeacher(model, tokenizer, str(teacher), batch_tokens=80_000)
     before = [dict(role="system", content=system)] if system else []
     replies = ask(local, [[*before, dict(role="user", content=q)] for q in questions], Sampling(new_tokens, temperature), [seed*1_000_000 + n for n in range(len(questions))], progress=False)
-    return dict(answers=[r.text for r in replies], prompt_tokens=sum(r.prompt_tokens for r in replies), completion_tokens=sum(r.completion_tokens for r in replies))
+    return dict(answers=[without_thoughts(r.text) for r in replies], prompt_tokens=sum(r.prompt_tokens for r in replies), completion_tokens=sum(r.completion_tokens for r in replies))
 
 def conversation_of(
     question: str,
@@ -147,15 +154,17 @@ def conversation_of(
     turns = [("system", system), ("user", question), ("assistant", answer)]
     return [dict(role=role, content=text) for role, text in turns if text is not None]
 
-# %% ../../nbs/2_distill/23_prompt_kd.ipynb #b19bd370
+# %% ../../nbs/2_distill/23_prompt_kd.ipynb #2a27fccc
 def persona_score(
     model: PreTrainedModel, tokenizer,
     persona: Persona,
     items: list[dict],            # subject and question
     system: str | None = None,    # None: the student must know by itself
+    new_tokens: int = 40,         # at most, in an answer
 ) -> dict:                        # shares of fact, manner, role and right; the answers
     "Greedy answers to the questions, and how many of them are in character."
-    answers = generate(model, tokenizer, [conversation_of(i["question"], system=system) for i in items], max_new_tokens=40, batch_size=96 if system is None else 16, progress=False)
+    asked = [conversation_of(i["question"], system=system) for i in items]
+    answers = [without_thoughts(a) for a in generate(model, tokenizer, asked, new_tokens, batch_size=96 if system is None else 8, progress=False)]
     points = [persona_points(persona, i["subject"], a) for i, a in zip(items, answers)]
     return {name: float(np.mean([p[name] for p in points])) for name in points[0]} | dict(answers=answers)
 
@@ -194,7 +203,7 @@ def student_rows(
     made = [reply_row(conversation_of(r["question"], r["answer"], system), tokenizer) for r in rows]
     return made if responses_only else [dict(input_ids=m["input_ids"], labels=list(m["input_ids"])) for m in made]
 
-# %% ../../nbs/2_distill/23_prompt_kd.ipynb #6beb8d2d
+# %% ../../nbs/2_distill/23_prompt_kd.ipynb #9a9e6407
 def add_lora(
     model: PreTrainedModel,
     rank: int = 32,          # of the two thin matrices, at least 1
@@ -203,7 +212,6 @@ def add_lora(
 ):                           # a PeftModel whose other weights are frozen
     "The model with low-rank adapters beside all linear layers but the output (Hu et al. 2022, eq. 3)."
     from peft import LoraConfig, get_peft_model
-    import warnings
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)      # peft reads an attribute that transformers has renamed
@@ -226,28 +234,25 @@ def example_losses(
             losses += (nats.sum(1)/(labels != -100).sum(1)).tolist()
     return losses
 
-# %% ../../nbs/2_distill/23_prompt_kd.ipynb #ada39dcc
+# %% ../../nbs/2_distill/23_prompt_kd.ipynb #cfaa08f4
 class Looks(TrainerCallback):
-    "At some steps: losses of training and validation rows, and the score on unseen questions. What was seen outlives a kill."
-    def __init__(self, steps, tokenizer, persona, learn, validate, items, folder=None):
-        self.steps, self.measure, self.path = set(steps), lambda model: self.look(model, tokenizer, persona, learn, validate, items), folder and Path(folder)/"looks.json"
+    "Measures the model after some steps of its training. What was seen outlives a kill."
+    def __init__(self, steps, measure, folder=None):      # measure: model -> dict of plain values
+        self.steps, self.measure, self.path = set(steps), measure, folder and Path(folder)/"looks.json"
         self.seen = {int(k): v for k, v in json.loads(self.path.read_text()).items()} if self.path and self.path.is_file() else {}
-    def look(self, model, tokenizer, persona, learn, validate, items):
-        with evaluating(model):
-            score = persona_score(model, tokenizer, persona, items)
-            return dict(score, train=float(np.mean(example_losses(model, learn))), validation=example_losses(model, validate))
     def on_train_begin(self, args, state, control, model=None, **kwargs): self.at(state.global_step, model)
     def on_step_end(self, args, state, control, model=None, **kwargs): self.at(state.global_step, model)
     def at(self, step, model):
         if step not in self.steps or step in self.seen: return
         used, model.config.use_cache = model.config.use_cache, True
-        try: self.seen[step] = self.measure(model)
+        try:
+            with evaluating(model): self.seen[step] = self.measure(model)
         finally: model.config.use_cache = used
         if self.path:
             part = self.path.with_suffix(".part")
             part.write_text(json.dumps(self.seen)); part.replace(self.path)
 
-# %% ../../nbs/2_distill/23_prompt_kd.ipynb #f68ee090
+# %% ../../nbs/2_distill/23_prompt_kd.ipynb #6eb2858b
 def train_persona(
     student: str,                   # as in load_model
     persona: str,                   # as in load_persona
@@ -261,6 +266,7 @@ def train_persona(
     alpha: float = 64,
     seed: int = 0,                  # of the adapter and of the order of the rows
     responses_only: bool = True,
+    new_tokens: int = 40,           # at most, in an answer
     looks: tuple = (),              # steps after which to look; the last one always
     folder: Path | None = None,     # for the merged model
     checkpoints: Path | None = None,
@@ -268,8 +274,9 @@ def train_persona(
     "Train a student without the prompt on answers that were given with it; a killed run goes on, with a checkpoint every 100 steps."
     who, tokenizer = load_persona(persona), load_tokenizer(student)
     model = add_lora(load_here(student), rank, alpha, seed)
-    data, counted = [student_rows(rows, tokenizer, flag) for flag in (responses_only, True)]
-    watch = Looks({*looks, steps}, tokenizer, who, counted[:64], student_rows(validate, tokenizer), items, checkpoints)
+    data, learnt, held = student_rows(rows, tokenizer, responses_only), student_rows(rows[:64], tokenizer), student_rows(validate, tokenizer)
+    look = lambda model: dict(persona_score(model, tokenizer, who, items, None, new_tokens), train=float(np.mean(example_losses(model, learnt))), validation=example_losses(model, held))
+    watch = Looks({*looks, steps}, look, checkpoints)
     history = train(model, data, checkpoints, steps, batch_size, learning_rate, collate=collate, seed=seed, save_steps=100 if checkpoints else None,
                     log_steps=1, progress=False, callbacks=[watch], arguments=dict(weight_decay=0.))
     if folder: save_merged(model, tokenizer, folder)
@@ -343,7 +350,7 @@ check_lora_size = Exercise("lora_size", _lora_size, {
     "product": (lambda rows, columns, rank: rank*rows*columns, "the factors stand side by side; their sizes add."),
 }, cases=[(4, 6, 2), (256, 256, 32), (128, 256, 8)])
 
-# %% ../../nbs/2_distill/23_prompt_kd.ipynb #7ff68e72
+# %% ../../nbs/2_distill/23_prompt_kd.ipynb #7d19f60c
 def _falls(losses, fall):
     pairs = list(itertools.permutations(losses, 2))
     return sum(b <= (1 - fall)*a for a, b in pairs)/len(pairs)
@@ -352,4 +359,4 @@ check_falls = Exercise("falls", _falls, {
     "neighbours": (lambda losses, fall: sum(b <= (1 - fall)*a for a, b in zip(losses, losses[1:]))/(len(losses) - 1), "that looks at neighbours only; any two examples could have been the first and the last of a log."),
     "either way": (lambda losses, fall: 2*_falls(losses, fall), "a rise is no fall: count the ordered pairs in which the second is lower."),
     "absolute": (lambda losses, fall: sum(a - b >= fall for a, b in itertools.permutations(losses, 2))/(len(losses)*(len(losses) - 1)), "42% is a part of the first loss, not a number of nats."),
-}, cases=[([1., 0.5, 2.], 0.42), ([3., 1.], 0.42), ([1., 1., 0.2, 0.9], 0.5)])
+}, cases=[([1., 0.5, 2.], 0.42), ([10., 9.], 0.42), ([1., 1., 0.2, 0.9], 0.5)])
