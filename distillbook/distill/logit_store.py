@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['ARRAYS', 'SPECIALS', 'check_rest_kl', 'check_index_bits', 'Told', 'keep_likeliest', 'store_loss', 'Layout', 'to_bits',
-           'from_bits', 'to_unary', 'from_unary', 'encode', 'decode', 'LogitStore', 'file_hash', 'StoreWriter',
+           'from_bits', 'to_unary', 'from_unary', 'encode', 'decode', 'file_hash', 'LogitStore', 'StoreWriter',
            'write_store', 'pad_right', 'collate_store', 'StoreTrainer', 'distill_from_store', 'JsonReader',
            'read_entries', 'read_arrays', 'to_tokens', 'LogitFileError', 'check_array', 'check_ids', 'FileReport',
            'check_logits', 'check_entry', 'import_logits']
 
-# %% ../../nbs/2_distill/22_logit_store.ipynb #52ba03d1
+# %% ../../nbs/2_distill/22_logit_store.ipynb #bf6a54f1
 import hashlib, json, math, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np, torch
 from torch import Tensor
+from fastcore.basics import patch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
@@ -153,7 +154,11 @@ def decode(
     left = torch.log1p(-ends[:, 1:2].exp().clamp(max=1 - 1e-6))
     return Told(torch.from_numpy(top), kept.log_softmax(-1) + left, ends[:, 1], torch.from_numpy(drawn), ends[:, 2])
 
-# %% ../../nbs/2_distill/22_logit_store.ipynb #d7e62214
+# %% ../../nbs/2_distill/22_logit_store.ipynb #86fda0b2
+def file_hash(path: Path) -> str:    # sha256, hexadecimal
+    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
+
+# %% ../../nbs/2_distill/22_logit_store.ipynb #c30e3498
 class LogitStore(Dataset):
     "Rows with a teacher's logits on disk. Reading is memory-mapped, and a shard is checked against its sum when it is first touched."
     def __init__(self, folder: str | Path, verify: bool = True):
@@ -198,10 +203,7 @@ class LogitStore(Dataset):
             return dict(log_probs=log_probs)
         return decode(np.asarray(records), self.layout)._asdict()
 
-def file_hash(path: Path) -> str:    # sha256, hexadecimal
-    with open(path, "rb") as file: return hashlib.file_digest(file, "sha256").hexdigest()
-
-# %% ../../nbs/2_distill/22_logit_store.ipynb #a9dbbec1
+# %% ../../nbs/2_distill/22_logit_store.ipynb #15553cf0
 class StoreWriter:
     "Appends rows with logits to a store. `rows` says how many are already there, from an earlier run with the same settings."
     def __init__(self,
@@ -238,36 +240,45 @@ class StoreWriter:
         places = int((labels[1:] != -100).sum())
         if places != len(logits): raise ValueError(f"{len(logits)} arrays of logits for {places} tokens that count: one is needed before each of them")
         self.append_records(input_ids, labels, self.records(logits, self.rows + len(self.pending)))
-    def records(self, logits, number):
-        "Records of logits [n, vocab or more]; the draws depend on the seed and on a number."
-        logits = logits[:, :self.about["vocabulary"]]
-        if self.dense: return (logits.float()/self.temperature).log_softmax(-1).cpu().numpy().astype(self.dense).view(np.uint8)
-        return encode(keep_likeliest(logits, self.layout.k, self.layout.tail, self.temperature, self.seed*1_000_003 + number), self.layout)
-    def records_of_top(self, values, ids, rest=None):
-        "The same of some tokens' logits; `rest` is the share of all others, None where the values are log-probabilities that tell it."
-        values, ids = torch.as_tensor(values, dtype=torch.float64), torch.as_tensor(ids)
-        if len(ids) == self.about["vocabulary"]: return self.records(torch.empty_like(values).scatter(0, ids, values)[None], 0)
-        known = max(0., 1 - values.exp().sum().item()) if rest is None else rest
-        logp = (values/self.temperature).log_softmax(-1) + math.log1p(-min(known, 1 - 1e-9))
-        best = logp.topk(self.layout.k).indices
-        best = best[ids[best].argsort()]
-        left = known + max(0., logp.exp().sum().item() - logp[best].exp().sum().item())
-        none = torch.zeros(1)
-        return encode(Told(ids[best][None], logp[best].float()[None], torch.tensor([math.log(left) if left > 0 else -math.inf]), ids[:0][None], none), self.layout)
-    def append_records(self, input_ids, labels, records):
-        self.pending.append((np.asarray(input_ids, np.int32), np.asarray(labels) != -100, records))
-    def seal(self):
-        "Write the rows that were appended as one shard."
-        if not self.pending: return
-        ids, counted, records = zip(*self.pending)
-        number, starts = len(self.about["shards"]), lambda parts: np.cumsum([0, *map(len, parts)])
-        shard = dict(records=f"{number:05}.records", index=f"{number:05}.index.npz", rows=len(ids), positions=int(sum(map(len, records))))
-        np.concatenate(records).tofile(self.folder/shard["records"])
-        with open(self.folder/shard["index"], "wb") as file: np.savez(file, input_ids=np.concatenate(ids), counted=np.concatenate(counted), token_starts=starts(ids), position_starts=starts(records))
-        shard |= {f"{name}_sha256": file_hash(self.folder/shard[name]) for name in ("records", "index")}
-        self.about["shards"].append(shard)
-        self.rows, self.pending = self.rows + len(ids), []
-        atomic_write(self.folder/"store.json", json.dumps(self.about, indent=1))
+
+# %% ../../nbs/2_distill/22_logit_store.ipynb #054a254b
+@patch
+def records(self: StoreWriter, logits, number):
+    "Records of logits [n, vocab or more]; the draws depend on the seed and on a number."
+    logits = logits[:, :self.about["vocabulary"]]
+    if self.dense: return (logits.float()/self.temperature).log_softmax(-1).cpu().numpy().astype(self.dense).view(np.uint8)
+    return encode(keep_likeliest(logits, self.layout.k, self.layout.tail, self.temperature, self.seed*1_000_003 + number), self.layout)
+
+@patch
+def records_of_top(self: StoreWriter, values, ids, rest=None):
+    "The same of some tokens' logits; `rest` is the share of all others, None where the values are log-probabilities that tell it."
+    values, ids = torch.as_tensor(values, dtype=torch.float64), torch.as_tensor(ids)
+    if len(ids) == self.about["vocabulary"]: return self.records(torch.empty_like(values).scatter(0, ids, values)[None], 0)
+    known = max(0., 1 - values.exp().sum().item()) if rest is None else rest
+    logp = (values/self.temperature).log_softmax(-1) + math.log1p(-min(known, 1 - 1e-9))
+    best = logp.topk(self.layout.k).indices
+    best = best[ids[best].argsort()]
+    left = known + max(0., logp.exp().sum().item() - logp[best].exp().sum().item())
+    none = torch.zeros(1)
+    return encode(Told(ids[best][None], logp[best].float()[None], torch.tensor([math.log(left) if left > 0 else -math.inf]), ids[:0][None], none), self.layout)
+
+@patch
+def append_records(self: StoreWriter, input_ids, labels, records):
+    self.pending.append((np.asarray(input_ids, np.int32), np.asarray(labels) != -100, records))
+
+@patch
+def seal(self: StoreWriter):
+    "Write the rows that were appended as one shard."
+    if not self.pending: return
+    ids, counted, records = zip(*self.pending)
+    number, starts = len(self.about["shards"]), lambda parts: np.cumsum([0, *map(len, parts)])
+    shard = dict(records=f"{number:05}.records", index=f"{number:05}.index.npz", rows=len(ids), positions=int(sum(map(len, records))))
+    np.concatenate(records).tofile(self.folder/shard["records"])
+    with open(self.folder/shard["index"], "wb") as file: np.savez(file, input_ids=np.concatenate(ids), counted=np.concatenate(counted), token_starts=starts(ids), position_starts=starts(records))
+    shard |= {f"{name}_sha256": file_hash(self.folder/shard[name]) for name in ("records", "index")}
+    self.about["shards"].append(shard)
+    self.rows, self.pending = self.rows + len(ids), []
+    atomic_write(self.folder/"store.json", json.dumps(self.about, indent=1))
 
 # %% ../../nbs/2_distill/22_logit_store.ipynb #417a00ff
 def write_store(
@@ -347,7 +358,7 @@ def distill_from_store(
     return train(student, store, folder, steps, batch_size, learning_rate, collate=collate_store, trainer_class=StoreTrainer, store=store, tokenizer=tokenizer,
                  temperature=store.about["temperature"], alpha=alpha, store_name=name, **more)
 
-# %% ../../nbs/2_distill/22_logit_store.ipynb #1082f5dc
+# %% ../../nbs/2_distill/22_logit_store.ipynb #0b5275f0
 _STRING, _SPACE = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL), re.compile(rb"[ \t\r\n]*")
 class JsonReader:
     "Walks through a JSON file with a window of a few megabytes, so that an array of any length can be taken out alone."
@@ -385,24 +396,27 @@ class JsonReader:
         self.at = end + 1
         try: return np.array(json.loads(body), np.float64)      # null becomes NaN
         except (ValueError, TypeError): return None
-    def value(self):
-        "Anything else, whole."
-        start = self.peek()
-        if start == b'"': return self.string()
-        if start in (b"[", b"{"):
-            found, close = [] if start == b"[" else {}, b"]" if start == b"[" else b"}"
-            self.at += 1
-            while self.peek() != close:
-                if found: self.take(b",")
-                if close == b"]": found.append(self.value())
-                else: name = self.string(); self.take(b":"); found[name] = self.value()
-            self.at += 1
-            return found
-        while not (found := re.compile(rb"[-+.\w]+(?=[\s,\]}])").match(self.text, self.at)):
-            if not self.more(): self.fail("a value should stand")
-        self.at = found.end()
-        try: return json.loads(found[0])
-        except ValueError: self.at = found.start(); self.fail("a value should stand")
+
+# %% ../../nbs/2_distill/22_logit_store.ipynb #3ad0ef82
+@patch
+def value(self: JsonReader):
+    "Anything else, whole."
+    start = self.peek()
+    if start == b'"': return self.string()
+    if start in (b"[", b"{"):
+        found, close = [] if start == b"[" else {}, b"]" if start == b"[" else b"}"
+        self.at += 1
+        while self.peek() != close:
+            if found: self.take(b",")
+            if close == b"]": found.append(self.value())
+            else: name = self.string(); self.take(b":"); found[name] = self.value()
+        self.at += 1
+        return found
+    while not (found := re.compile(rb"[-+.\w]+(?=[\s,\]}])").match(self.text, self.at)):
+        if not self.more(): self.fail("a value should stand")
+    self.at = found.end()
+    try: return json.loads(found[0])
+    except ValueError: self.at = found.start(); self.fail("a value should stand")
 
 # %% ../../nbs/2_distill/22_logit_store.ipynb #b937542b
 ARRAYS = ("logits", "token", "tokenID")
@@ -494,7 +508,7 @@ def check_ids(
         if token not in (tokenizer.convert_ids_to_tokens(i), tokenizer.decode([i])): return f"holds {i}, which is {tokenizer.decode([i])!r} for this tokenizer and {token!r} in the file"
     return None
 
-# %% ../../nbs/2_distill/22_logit_store.ipynb #28b0b311
+# %% ../../nbs/2_distill/22_logit_store.ipynb #af850592
 @dataclass
 class FileReport:
     "What a file of logits holds, and what is wrong with it."
@@ -525,6 +539,7 @@ def check_logits(
     if not report.entries and not report.errors: report.errors.append(f"{name} holds no entry")
     return report
 
+# %% ../../nbs/2_distill/22_logit_store.ipynb #b0474a9e
 def check_entry(entry, tokenizer, specials, columns, rest, temperature, report) -> list[str]:
     "What is wrong with one entry, each line with its position."
     wrong = [f"no key {key!r}" for key in ("prompt", "response", "logits") if key not in entry]

@@ -585,15 +585,16 @@ def doctor_command():
     print(f"{failed} of {len(checks)} checks failed" if failed else f"ready: {len(checks)} checks", flush=True)
     if failed: raise typer.Exit(1)
 
-# %% ../../nbs/0_lab/07_cli.ipynb #3cf97da6
+# %% ../../nbs/0_lab/07_cli.ipynb #336347f0
 def _kept_outputs(outputs):
-    "What a committed notebook keeps: no progress bars, no live widgets, no colour codes."
+    "What a committed notebook keeps: no progress bars, no live widgets, no colour codes, no warnings from inside a library."
     kept = []
     for out in outputs:
         if out["output_type"] == "stream":
             text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", "".join(out["text"]))
             lines = [line.rsplit("\r", 1)[-1] for line in text.replace("\r\n", "\n").split("\n")]
             text = "\n".join(line for line in lines if not re.search(r"\d+%\|.*\|", line) and not re.search(r"\d+it \[", line))
+            text = re.sub(r"^\S*site-packages/\S+:\d+: \w*Warning: .*\n(?:  .*\n?)?", "", text, flags=re.MULTILINE)      # of other people's code
             if text.strip(): kept.append({**out, "text": text})
         elif "application/vnd.jupyter.widget-view+json" not in out.get("data", {}): kept.append(dict(out))
     return kept

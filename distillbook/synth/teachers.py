@@ -309,7 +309,7 @@ def token_batches(
         batches[-1].append(row)
     return batches
 
-# %% ../../nbs/1_synth/10_teachers.ipynb #2e9bceec
+# %% ../../nbs/1_synth/10_teachers.ipynb #596ab6e9
 def shared_prefix(
     rows: list[list[int]],    # token ids
     least: int = 64,          # fewer are not worth it
@@ -331,6 +331,7 @@ def read_prefix(
     cache.batch_repeat_interleave(copies)
     return cache
 
+# %% ../../nbs/1_synth/10_teachers.ipynb #b4a9c2a4
 @torch.inference_mode()
 def local_batch(
     teacher,                     # a LocalTeacher
