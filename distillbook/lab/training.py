@@ -65,7 +65,7 @@ def weights_hash(
         if not tensor.is_meta: digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:12]
 
-# %% ../../nbs/0_lab/09_training.ipynb #27aa585a
+# %% ../../nbs/0_lab/09_training.ipynb #f0bc1bef
 def begin_or_resume(
     folder: Path,      # of the checkpoints
     settings: dict,    # of this call, kept beside them
@@ -82,7 +82,7 @@ def begin_or_resume(
         if changed: raise ValueError(f"{folder} holds checkpoints of another run ({'; '.join(changed)}): "
                                      "give another folder, or resume=False to begin again")
     folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
+    part = path.with_suffix(f".{os.getpid()}.part")      # of several processes, each writes its own
     part.write_text(json.dumps(settings, indent=1))
     os.replace(part, path)
     return start
