@@ -153,8 +153,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                     'distillbook/distill/logit_store.py'),
                                                  'distillbook.distill.logit_store.keep_likeliest': ( '2_distill/logit_store.html#keep_likeliest',
                                                                                                      'distillbook/distill/logit_store.py'),
-                                                 'distillbook.distill.logit_store.pad_right': ( '2_distill/logit_store.html#pad_right',
-                                                                                                'distillbook/distill/logit_store.py'),
                                                  'distillbook.distill.logit_store.read_arrays': ( '2_distill/logit_store.html#read_arrays',
                                                                                                   'distillbook/distill/logit_store.py'),
                                                  'distillbook.distill.logit_store.read_entries': ( '2_distill/logit_store.html#read_entries',

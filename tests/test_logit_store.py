@@ -7,7 +7,6 @@ from conftest import ROOT, environment
 from distillbook.distill.logit_kd import distill, random_student
 from distillbook.distill.logit_store import (JsonReader, Layout, LogitFileError, LogitStore, StoreWriter, check_index_bits, check_logits, check_rest_kl, collate_store, decode,
     distill_from_store, encode, import_logits, keep_likeliest, store_loss, to_tokens, Told, write_store)
-from distillbook.distill.losses import distill_loss
 from distillbook.lab.exercises import problems
 from distillbook.lab.models import load_model, load_tokenizer, tiny_qwen3, train_tokenizer
 
@@ -137,6 +136,11 @@ def test_a_store_gives_back_what_the_teacher_said(tmp_path):
         assert found["input_ids"].tolist() == given_["input_ids"].tolist() and found["labels"].tolist() == given_["labels"].tolist() and found["top_ids"].tolist() == told.top_ids.tolist() and found["tail_ids"].tolist() == told.tail_ids.tolist()
         for name in ("log_probs", "log_rest", "tail_log"): torch.testing.assert_close(found[name], getattr(told, name), atol=.03, rtol=.02)
     with pytest.raises(IndexError): store[10]
+
+def test_packed_rows_are_refused_before_anything_is_written(tmp_path):
+    packed = [dict(r, position_ids=torch.arange(len(r["input_ids"]))) for r in ROWS[:2]]
+    with pytest.raises(ValueError, match="is packed"): write_store(tmp_path/"s", TEACHER, WORDS, packed, k=5, progress=False)
+    assert len(LogitStore(tmp_path/"s")) == 0
 
 @pytest.mark.parametrize("dense", ["float16", "float32"])
 def test_a_dense_store_is_exact(tmp_path, dense):
@@ -402,6 +406,15 @@ def test_ids_in_any_order_put_a_whole_array_in_order(tmp_path):
     for row in (0, 1):
         assert torch.equal(mixed[row]["top_ids"], plain[0]["top_ids"])
         torch.testing.assert_close(mixed[row]["log_probs"], plain[0]["log_probs"], atol=1e-3, rtol=1e-3)
+
+def test_positions_of_equal_logits_draw_anew(tmp_path):
+    values, order = torch.zeros(SIZE).tolist(), list(range(SIZE))
+    entry = dict(prompt=PROMPT, response=RESPONSE, logits=[values]*len(IDS))
+    for name, made in (("a", entry), ("b", dict(entry, tokenID=[order]*len(IDS)))):
+        (tmp_path/f"{name}.json").write_text(json.dumps([made, made]))
+        store = import_logits(tmp_path/f"{name}.json", tmp_path/name, WORDS, k=20, tail=10)
+        draws = [tuple(ids) for row in (0, 1) for ids in store[row]["tail_ids"].tolist()]
+        assert len(set(draws)) == len(draws) == 2*len(IDS)
 
 def test_padded_output_layers_are_cut_when_their_width_is_said(tmp_path):
     entry = whole_entry()

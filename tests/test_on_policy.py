@@ -3,14 +3,13 @@ import itertools, math, random
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from distillbook.distill import on_policy
 from distillbook.distill.logit_kd import TeacherStates, distill
-from distillbook.distill.losses import IGNORE, count_tokens, distill_loss, jsd, kd_loss, reverse_kl
+from distillbook.distill.losses import IGNORE, count_tokens, distill_loss, jsd, reverse_kl
 from distillbook.distill.on_policy import (CrossTokenizerTrainer, OnPolicyTrainer, TeacherMixture, TwoTokenizations, advantage_loss, aligned_places,
-    collate_two, distill_across, distill_on_policy, divergence_by_position, encode_with_ends, mixture_log_probs, prompt_of, reply_rows, returns_to_go,
+    distill_across, distill_on_policy, divergence_by_position, encode_with_ends, mixture_log_probs, prompt_of, reply_rows, returns_to_go,
     sample_replies, sorted_distance, uld_loss)
 from distillbook.lab.corpora import collate
-from distillbook.lab.models import left_pad, stop_tokens, train_tokenizer
+from distillbook.lab.models import stop_tokens, train_tokenizer
 from distillbook.lab.training import last_checkpoint, train
 
 TEXT = "The quick brown fox returns the sum of two arrays, 12 and 345: naïve, größer, 日本. "

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['ARRAYS', 'SPECIALS', 'check_rest_kl', 'check_index_bits', 'Told', 'keep_likeliest', 'store_loss', 'Layout', 'to_bits',
            'from_bits', 'to_unary', 'from_unary', 'encode', 'decode', 'file_hash', 'LogitStore', 'StoreWriter',
-           'write_store', 'pad_right', 'collate_store', 'StoreTrainer', 'distill_from_store', 'JsonReader',
-           'read_entries', 'read_arrays', 'to_tokens', 'LogitFileError', 'check_array', 'check_ids', 'FileReport',
-           'check_logits', 'check_entry', 'import_logits']
+           'write_store', 'collate_store', 'StoreTrainer', 'distill_from_store', 'JsonReader', 'read_entries',
+           'read_arrays', 'to_tokens', 'LogitFileError', 'check_array', 'check_ids', 'FileReport', 'check_logits',
+           'check_entry', 'import_logits']
 
-# %% ../../nbs/2_distill/22_logit_store.ipynb #bf6a54f1
+# %% ../../nbs/2_distill/22_logit_store.ipynb #07b608a8
 import hashlib, json, math, re, shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, Trainer
 from .logit_kd import model_fingerprint
+from ..lab.corpora import collate
 from ..lab.exercises import Exercise
 from ..lab.models import evaluating, vocabulary_hash
 from ..lab.runs import atomic_write
@@ -241,7 +242,7 @@ class StoreWriter:
         if places != len(logits): raise ValueError(f"{len(logits)} arrays of logits for {places} tokens that count: one is needed before each of them")
         self.append_records(input_ids, labels, self.records(logits, self.rows + len(self.pending)))
 
-# %% ../../nbs/2_distill/22_logit_store.ipynb #054a254b
+# %% ../../nbs/2_distill/22_logit_store.ipynb #b04214ec
 @patch
 def records(self: StoreWriter, logits, number):
     "Records of logits [n, vocab or more]; the draws depend on the seed and on a number."
@@ -250,10 +251,10 @@ def records(self: StoreWriter, logits, number):
     return encode(keep_likeliest(logits, self.layout.k, self.layout.tail, self.temperature, self.seed*1_000_003 + number), self.layout)
 
 @patch
-def records_of_top(self: StoreWriter, values, ids, rest=None):
+def records_of_top(self: StoreWriter, values, ids, rest=None, number=0):
     "The same of some tokens' logits; `rest` is the share of all others, None where the values are log-probabilities that tell it."
     values, ids = torch.as_tensor(values, dtype=torch.float64), torch.as_tensor(ids)
-    if len(ids) == self.about["vocabulary"]: return self.records(torch.empty_like(values).scatter(0, ids, values)[None], 0)
+    if len(ids) == self.about["vocabulary"]: return self.records(torch.empty_like(values).scatter(0, ids, values)[None], number)
     known = max(0., 1 - values.exp().sum().item()) if rest is None else rest
     logp = (values/self.temperature).log_softmax(-1) + math.log1p(-min(known, 1 - 1e-9))
     best = logp.topk(self.layout.k).indices
@@ -280,7 +281,7 @@ def seal(self: StoreWriter):
     self.rows, self.pending = self.rows + len(ids), []
     atomic_write(self.folder/"store.json", json.dumps(self.about, indent=1))
 
-# %% ../../nbs/2_distill/22_logit_store.ipynb #417a00ff
+# %% ../../nbs/2_distill/22_logit_store.ipynb #fd59276b
 def write_store(
     folder: str | Path,
     model: PreTrainedModel,         # the teacher
@@ -297,10 +298,9 @@ def write_store(
     with evaluating(model), torch.inference_mode(), tqdm(total=len(rows), initial=writer.rows, desc="teacher's logits", unit=" rows", delay=1, leave=False, disable=not progress) as bar:
         for start in range(writer.rows, len(rows), batch_size):
             part = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-            longest = max(len(row["input_ids"]) for row in part)
-            ids = torch.stack([pad_right(row["input_ids"], longest, 0) for row in part])
-            mask = torch.stack([pad_right(torch.ones(len(row["input_ids"]), dtype=torch.long), longest, 0) for row in part])
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
+            if any("position_ids" in row for row in part): raise ValueError(f"a row from {start} on is packed: a store keeps no positions, so its documents would see each other; give rows of one document")
+            batch = collate(part)
+            logits = model(**{name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}).logits
             for row, said in zip(part, logits):
                 writer.append(row["input_ids"], row["labels"], said[:len(row["labels"])-1][torch.as_tensor(row["labels"])[1:] != -100])
             if (start + batch_size) % shard_rows == 0: writer.seal()
@@ -308,19 +308,12 @@ def write_store(
         writer.seal()
     return LogitStore(folder)
 
-def pad_right(values, length, value):
-    "A row of whole numbers, padded on the right."
-    values = torch.as_tensor(values)
-    return torch.cat([values, values.new_full((length - len(values),), value)])
-
-# %% ../../nbs/2_distill/22_logit_store.ipynb #e728a9d9
+# %% ../../nbs/2_distill/22_logit_store.ipynb #c293546e
 def collate_store(
     rows: list[dict],    # of a LogitStore
 ) -> dict:               # input_ids, labels, attention_mask [rows, longest]; the fields of Told, positions behind each other
     "Pad the tokens, and put the teacher's parts behind each other."
-    longest = max(len(row["input_ids"]) for row in rows)
-    batch = {name: torch.stack([pad_right(row[name], longest, value) for row in rows]) for name, value in (("input_ids", 0), ("labels", -100))}
-    batch["attention_mask"] = torch.stack([pad_right(torch.ones(len(row["input_ids"]), dtype=torch.long), longest, 0) for row in rows])
+    batch = collate([{name: row[name] for name in ("input_ids", "labels")} for row in rows])
     return batch | {name: torch.cat([row[name] for row in rows]) for name in Told._fields if name in rows[0]}
 
 class StoreTrainer(Trainer):
@@ -328,6 +321,7 @@ class StoreTrainer(Trainer):
     def __init__(self, *arguments, store=None, tokenizer=None, temperature: float = 1.0, alpha: float = 0.0, store_name: str = "", **options):
         store.check(tokenizer, temperature)
         super().__init__(*arguments, **options)
+        if self.args.n_gpu > 1: raise ValueError(f"a store needs one GPU a process and this one has {self.args.n_gpu}: start it with `accelerate launch`, or set CUDA_VISIBLE_DEVICES")
         self.settings = temperature, alpha, store.about["vocabulary"]
         self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = self._loss_shifts_labels = True
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -567,7 +561,7 @@ def check_entry(entry, tokenizer, specials, columns, rest, temperature, report) 
         report.smallest, report.positions = min(size, report.smallest or size), report.positions + 1
     return wrong
 
-# %% ../../nbs/2_distill/22_logit_store.ipynb #12e63efc
+# %% ../../nbs/2_distill/22_logit_store.ipynb #6afccd94
 def import_logits(
     path: str | Path,              # the document's JSON: a list of entries, or one entry a line
     folder: str | Path,            # a new store
@@ -588,11 +582,12 @@ def import_logits(
     shutil.rmtree(making, ignore_errors=True)
     whole = not report.listed      # every array is over the whole vocabulary, in its order: it is made small as soon as it is read
     writer = StoreWriter(making, tokenizer, min(k, report.smallest), bits, tail if report.smallest >= len(tokenizer) else 0, temperature, dense, f"file {file_hash(Path(path))[:12]}")
-    def keep(number, position, array): return array if not whole else writer.records(torch.from_numpy(array)[None], 100_003*number + position)
+    draw = lambda entry, position: 100_003*entry + position      # each position draws anew
+    def keep(number, position, array): return array if not whole else writer.records(torch.from_numpy(array)[None], draw(number, position))
     for entry in read_entries(path, keep):
         prompt, response = [to_tokens(entry[key], tokenizer, specials) for key in ("prompt", "response")]
         listed = entry.get("tokenID", [None]*len(response))
-        found = [part if whole else writer.records_of_top(part[:len(ids or tokenizer)], ids or range(len(tokenizer)), rest) for part, ids in zip(entry["logits"], listed)]
+        found = [part if whole else writer.records_of_top(part[:len(ids or tokenizer)], ids or range(len(tokenizer)), rest, draw(entry["number"], i)) for i, (part, ids) in enumerate(zip(entry["logits"], listed))]
         writer.append_records(prompt + response, [-100]*len(prompt) + response, np.concatenate(found))
         if len(writer.pending) == 64: writer.seal()
     writer.seal()
