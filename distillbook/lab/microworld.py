@@ -115,10 +115,11 @@ def _item(suite, question, answer, choices=None, system=None, history=(), **deta
 
 def fact_question(
     rng: random.Random, suite: str, split: str, difficulty: int, world_seed: int,
+    asked: str | None = None,   # the entities asked about: train, test or all; the split's own by default
 ) -> dict:
     "One four-way question about a stored fact. The answer restates it; the wrong ones name other values of the same field."
     w = world(world_seed)
-    e = rng.choice(w.entities(suite, split, difficulty))
+    e = rng.choice(w.entities(suite, asked or split, difficulty))
     field = rng.choice(list(w.facts[suite][e]))
     answer = w.facts[suite][e][field]
     choices = rng.sample([v for v in w.values(suite, field) if v != answer], 3) + [answer]
