@@ -59,5 +59,5 @@ distclean: clean ## remove .venv too; installing again needs the network, or the
 	@touch $@
 
 .venv/.ready-all: .venv/.ready-run
-	$(BIN)/pip install --progress-bar off -c $(PINS) -e '.[eval,peers,embed,serve,lab,test]'
+	$(BIN)/pip install --progress-bar off -c $(PINS) -e '.[eval,peers,quant,embed,serve,lab,test]'
 	@touch $@
