@@ -37,7 +37,7 @@ def holm(
     out[order] = np.minimum(steps, 1.)
     return out.tolist()
 
-# %% ../../nbs/3_adapt/32_forgetting.ipynb #ef9b55a6
+# %% ../../nbs/3_adapt/32_forgetting.ipynb #786b5864
 @lru_cache(4096)
 def _least_rejected(changed, alpha):
     "The smallest number of losses among so many changes at which the two-sided exact test rejects; one more than there are if none does."
@@ -62,6 +62,7 @@ def mcnemar_power(
     least = np.array([_least_rejected(int(m), alpha) for m in changed])
     return float(np.sum(binom.pmf(changed, n, lost + won)*binom.sf(least - 1, changed, lost/(lost + won))))
 
+@lru_cache(4096)
 def detectable_drop(
     n: int,                 # items
     churn: float = 0.02,
@@ -71,7 +72,7 @@ def detectable_drop(
     "The smallest loss that the paired test finds with this power: the minimum detectable effect."
     low, high = 0., max(0., 1 - 2*churn)
     if mcnemar_power(n, high, churn, alpha) < power: return 1.
-    for _ in range(40):
+    for _ in range(20):
         middle = (low + high)/2
         low, high = (low, middle) if mcnemar_power(n, middle, churn, alpha) >= power else (middle, high)
     return high
