@@ -263,14 +263,13 @@ def extend_model(
         if rows: table.data[first:last] = torch.stack(rows)
     return model
 
-# %% ../../nbs/3_adapt/30_pretrain.ipynb #dcc8195c
+# %% ../../nbs/3_adapt/30_pretrain.ipynb #7b2fd38a
 check_general_tokens = Exercise("general_tokens_for", general_tokens, {
     "share of the domain": (lambda domain_tokens, share: domain_tokens*share, "that is a share of the domain's tokens. The share is of all tokens, the general ones included."),
     "the whole": (lambda domain_tokens, share: domain_tokens/(1 - share), "that is the length of the whole mix. How much of it is general text?"),
     "sides swapped": (lambda domain_tokens, share: domain_tokens*(1 - share)/share if share else 0., "domain and general text are exchanged: at a share of 0.1 there is nine times more of the domain."),
 }, cases=[(90., 0.1), (1000., 0.05), (100., 0.), (30., 0.5)])
 
-# %% ../../nbs/3_adapt/30_pretrain.ipynb #4a4ea0ad
 def _row_of_word(table, pieces): return [sum(table[p][k] for p in pieces)/len(pieces) for k in range(len(table[0]))]
 
 check_row_of_word = Exercise("row_of_word", _row_of_word, {
@@ -280,7 +279,6 @@ check_row_of_word = Exercise("row_of_word", _row_of_word, {
     "all rows": (lambda table, pieces: _row_of_word(table, range(len(table))), "that is the mean of the whole table, which says nothing about this word."),
 }, cases=[([[1., 0.], [0., 2.], [4., 4.]], [0, 2]), ([[1., 0.], [0., 2.], [4., 4.]], [0, 1, 1]), ([[2.], [6.], [7.]], [1])])
 
-# %% ../../nbs/3_adapt/30_pretrain.ipynb #629ca636
 def _tokens_a_word(texts, cut): return sum(len(cut(t)) for t in texts)/sum(len(t.split()) for t in texts)
 def _letters(text): return [c for c in text if c != " "]
 def _mean_of(texts, value): return sum(map(value, texts))/len(texts)
