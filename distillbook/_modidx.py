@@ -11,8 +11,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'distillbook/adapt/pretrain.py'),
                                             'distillbook.adapt.pretrain._passes': ( '3_adapt/pretrain.html#_passes',
                                                                                     'distillbook/adapt/pretrain.py'),
-                                            'distillbook.adapt.pretrain._read_before': ( '3_adapt/pretrain.html#_read_before',
-                                                                                         'distillbook/adapt/pretrain.py'),
                                             'distillbook.adapt.pretrain._row_of_word': ( '3_adapt/pretrain.html#_row_of_word',
                                                                                          'distillbook/adapt/pretrain.py'),
                                             'distillbook.adapt.pretrain._tokens_a_word': ( '3_adapt/pretrain.html#_tokens_a_word',
