@@ -185,7 +185,8 @@ WORDS = [" tibia", " patella", " fibula", " Größenwahn", " 日本語"]
 
 def test_new_tokens_leave_the_old_ones_alone_and_the_text_whole():
     longer = extend_tokenizer(TOKENIZER, WORDS)
-    assert {t: longer.get_vocab()[t] for t in TOKENIZER.get_vocab()} == TOKENIZER.get_vocab() and len(longer) == len(TOKENIZER) + len(WORDS)
+    both = longer.get_vocab()
+    assert {t: both[t] for t in TOKENIZER.get_vocab()} == TOKENIZER.get_vocab() and len(longer) == len(TOKENIZER) + len(WORDS)
     for text in GENERAL: assert longer(text)["input_ids"] == TOKENIZER(text)["input_ids"]
     for word in WORDS: assert longer(word)["input_ids"] == [len(TOKENIZER) + WORDS.index(word)] and longer.decode(longer(word)["input_ids"]) == word
     assert longer("a tibial")["input_ids"] == TOKENIZER("a tibial")["input_ids"]      # a word inside a longer one stays pieces

@@ -7,10 +7,9 @@ __all__ = ['check_general_tokens', 'check_row_of_word', 'check_tokens_a_word', '
            'document_rows', 'general_tokens', 'rows_of_tokens', 'mixed_rows', 'continue_pretraining',
            'instruction_rows', 'ending_items', 'fertility', 'new_words', 'extend_tokenizer', 'extend_model']
 
-# %% ../../nbs/3_adapt/30_pretrain.ipynb #dd4530a9
+# %% ../../nbs/3_adapt/30_pretrain.ipynb #dd060c8d
 import copy, importlib.util, itertools, json, math, random
 from collections import Counter
-from functools import lru_cache
 from pathlib import Path
 import torch
 from tokenizers import Tokenizer
@@ -23,13 +22,12 @@ from ..lab.microworld import DOMAINS, statements, world, world_text
 from ..lab.models import quiet_transformers
 from ..lab.training import train
 
-# %% ../../nbs/3_adapt/30_pretrain.ipynb #b4d94a35
-@lru_cache(4)
-def _package(
-    package: str,    # an import name
-) -> tuple:          # (text, split) of each docstring
+# %% ../../nbs/3_adapt/30_pretrain.ipynb #0b6d0cfc
+def _package(package):
+    "The docstrings of an installed package, each with its split."
     if importlib.util.find_spec(package.split(".")[0]) is None: raise ValueError(f"{package!r} is no file or folder here, no installed package, and none of {', '.join(DOMAINS)}")
-    return tuple((row["text"], row["split"]) for row in collect_docstrings([package]))
+    rows = collect_docstrings([package])
+    return list(zip(rows["text"], rows["split"]))
 
 def fact_texts(
     domain: str,             # "medical", "legal" or "finance"
@@ -57,10 +55,7 @@ def domain_texts(
     else: texts = [text for text, part in _package(domain) if (part == "train") == (split == "train")]
     return random.Random(f"{split} {seed}").sample(texts, min(n or len(texts), len(texts)))
 
-# %% ../../nbs/3_adapt/30_pretrain.ipynb #af74d9c7
-@lru_cache(2)
-def _read_before(split): return tuple(load_corpus("docstrings", split)["text"])
-
+# %% ../../nbs/3_adapt/30_pretrain.ipynb #0839bdb9
 def general_texts(
     split: str = "train",        # "train" is what the base read, "test" is of the same kind and unread
     characters: int = 400_000,   # so many, about
@@ -68,7 +63,7 @@ def general_texts(
 ) -> list[str]:                  # in random order
     "What the shipped base was trained on: five parts of docstrings of eight packages to one part about the micro-world."
     rng, picked = random.Random(f"general {split} {seed}"), []
-    docs, size = list(_read_before(split)), 0
+    docs, size = list(load_corpus("docstrings", split)["text"]), 0
     for text in rng.sample(docs, len(docs)):
         if size >= characters*5/6: break
         picked.append(text); size += len(text)
@@ -240,7 +235,7 @@ def extend_tokenizer(
     longer._tokenizer = Tokenizer.from_str(json.dumps(state))
     return longer
 
-# %% ../../nbs/3_adapt/30_pretrain.ipynb #38cc72c1
+# %% ../../nbs/3_adapt/30_pretrain.ipynb #6d87cbb4
 def extend_model(
     model: PreTrainedModel,    # changed in place
     old,                       # its tokenizer
@@ -250,8 +245,8 @@ def extend_model(
 ) -> PreTrainedModel:
     "Rows for new tokens, in the input table and in the output table, tied or not; rows that were padding are used first."
     if how not in ("pieces", "mean", "random"): raise ValueError(f"new rows can be 'pieces', 'mean' or 'random', not {how!r}")
-    first, last = len(old), len(new)
-    moved = [token for token, i in old.get_vocab().items() if new.get_vocab().get(token) != i]
+    first, last, longer = len(old), len(new), new.get_vocab()
+    moved = [token for token, i in old.get_vocab().items() if longer.get(token) != i]
     if moved: raise ValueError(f"the new tokenizer does not extend the old one: {moved[0]!r} has another id or none")
     if first > model.get_input_embeddings().num_embeddings: raise ValueError(f"the model has {model.get_input_embeddings().num_embeddings} rows, fewer than the old tokenizer has tokens ({first})")
     if last > model.get_input_embeddings().num_embeddings:
