@@ -20,7 +20,7 @@ from ..lab.exercises import Exercise
 from ..synth.judging import Rubric, parse_score, read_rubric
 from ..synth.teachers import Ledger, Sampling, ask
 
-# %% ../../nbs/3_adapt/36_benchmarks.ipynb #042e6065
+# %% ../../nbs/3_adapt/36_benchmarks.ipynb #60f6eab4
 _CHILD = r"""
 import sys, os, json, builtins, resource
 import typing, math, re, collections, itertools, functools, string, heapq, bisect, random, datetime, copy, hashlib, statistics, fractions, decimal, operator, dataclasses, enum, contextlib
@@ -40,6 +40,10 @@ secret, told = os.dup(0), os.dup(1)
 nothing = os.open(os.devnull, os.O_RDWR)
 for place in (0, 1, 2): os.dup2(nothing, place)
 read, write, leave, dumps = os.read, os.write, os._exit, json.dumps
+"""
+
+# %% ../../nbs/3_adapt/36_benchmarks.ipynb #042191aa
+_CHILD += r"""
 library = tuple(os.path.realpath(p) for p in {os.path.dirname(os.__file__), sys.prefix, sys.base_prefix})
 refused = ("socket", "subprocess", "ctypes", "shutil", "urllib", "os", "pty", "webbrowser", "gc", "_thread", "resource", "signal", "sqlite3", "ftplib", "http", "smtplib", "mmap", "fcntl", "syslog", "winreg", "glob", "tempfile", "pathlib")
 modules = ("_posixsubprocess", "_ctypes", "_socket", "_signal", "signal", "_multiprocessing", "multiprocessing", "_testcapi", "_thread", "_threading_local", "mmap", "gc", "ctypes", "socket", "subprocess", "faulthandler", "pty", "resource", "_interpreters", "_xxsubinterpreters", "fcntl")
@@ -82,6 +86,7 @@ write(told, b"\n" + number[:-1] + dumps(verdict).encode() + b"\n")
 leave(0)
 """
 
+# %% ../../nbs/3_adapt/36_benchmarks.ipynb #c82fb228
 @lru_cache(1)
 def fences() -> tuple:     # words to put before a command
     "Namespaces for network and processes, as far as this kernel gives them to us."
@@ -91,7 +96,7 @@ def fences() -> tuple:     # words to put before a command
         except (FileNotFoundError, subprocess.TimeoutExpired): break
     return ()
 
-# %% ../../nbs/3_adapt/36_benchmarks.ipynb #c55e7dda
+# %% ../../nbs/3_adapt/36_benchmarks.ipynb #f332118b
 @dataclass(frozen=True)
 class Verdict:
     "What became of a program."
@@ -128,6 +133,7 @@ def run_program(
     code = child.returncode
     return Verdict("ended", f"the process ended before the tests did (exit status {code})")
 
+# %% ../../nbs/3_adapt/36_benchmarks.ipynb #6c3db9da
 def run_programs(
     pairs: list[tuple[str, str]],    # (source, tests)
     at_once: int = 2,

@@ -77,7 +77,7 @@ def detectable_drop(
         low, high = (low, middle) if mcnemar_power(n, middle, churn, alpha) >= power else (middle, high)
     return high
 
-# %% ../../nbs/3_adapt/32_forgetting.ipynb #6e50a3c0
+# %% ../../nbs/3_adapt/32_forgetting.ipynb #40cb90c5
 def suite_items(
     place: str | Path,         # of a chat model
     suite: str,                # of the micro-world
@@ -101,6 +101,7 @@ def published_items(
     else: result = lm_eval_scores(model, tokenizer, [name], limit, published=folder)[name]
     return dict(items=result["items"], answers=result.get("answers", []))
 
+# %% ../../nbs/3_adapt/32_forgetting.ipynb #9b04c23e
 def text_nats(
     place: str | Path,
     texts: list[str], length: int,
@@ -128,7 +129,7 @@ def mean_kl(
     if not count: raise ValueError("there is no token to compare the models on")
     return total/count
 
-# %% ../../nbs/3_adapt/32_forgetting.ipynb #837e6b43
+# %% ../../nbs/3_adapt/32_forgetting.ipynb #a3f38f08
 @dataclass
 class SuiteChange:
     "One suite, before and after."
@@ -154,6 +155,7 @@ class ForgettingReport:
     text: dict = field(default_factory=dict)        # nats a token before and after, rise with interval, kl
     items: dict = field(default_factory=dict)       # suite -> list of dict(question, wanted, before, after) of the forgotten ones
 
+# %% ../../nbs/3_adapt/32_forgetting.ipynb #48fe92d3
 def suite_change(
     suite: str,
     before: list[float],       # credit of each item, 0 to 1

@@ -60,7 +60,7 @@ def diagonal_fisher(
                     if slope is not None: total[name] += slope.detach().square()/(len(rows)*draws)
     return total
 
-# %% ../../nbs/3_adapt/33_remedies.ipynb #3d547f2d
+# %% ../../nbs/3_adapt/33_remedies.ipynb #8431e8e2
 def check_anchor(
     model,     # that is trained
     anchor,    # that it is to stay near
@@ -72,6 +72,7 @@ def check_anchor(
         if theirs.get(name) != shape: raise ValueError(f"the anchor's {name} is {theirs.get(name, 'missing')}, the model's is {shape}: give a copy of the model before training (adapters are held by their rank and rate, not by an anchor)")
     if model is anchor: raise ValueError("the anchor is the model itself, which moves: load a second copy")
 
+# %% ../../nbs/3_adapt/33_remedies.ipynb #1df73a3c
 class AnchoredTrainer(Trainer):
     "Trainer with a quadratic penalty on the way from an anchor: L2-SP, or EWC if importances are given."
     def __init__(self, *arguments,                    # as for Trainer
