@@ -158,11 +158,11 @@ check_keeps = Exercise("keeps", _keeps, {
     "next": (lambda n, capacity: min(1., capacity/(n + 1)), "row n is the n-th, it counts itself: capacity/n."),
 }, cases=[(5, 10), (10, 10), (20, 10), (1000, 10)])
 
-# %% ../../nbs/3_adapt/34_continual.ipynb #9d2be77b
+# %% ../../nbs/3_adapt/34_continual.ipynb #bab2d1a4
 def _route(point, centres): return max(centres, key=lambda name: sum(a*b for a, b in zip(point, centres[name]))/sum(b*b for b in centres[name])**.5)
 
 check_route = Exercise("route", _route, {
     "not scaled": (lambda point, centres: max(centres, key=lambda name: sum(a*b for a, b in zip(point, centres[name]))), "the centres have unequal lengths, and a long one wins for its length. Divide by it."),
     "farthest": (lambda point, centres: min(centres, key=lambda name: sum(a*b for a, b in zip(point, centres[name]))/sum(b*b for b in centres[name])**.5), "that is the centre that points away."),
     "latest": (lambda point, centres: list(centres)[-1], "that is the task learned last, whatever the request is."),
-}, cases=[([1., .2], dict(a=[1., 0.], b=[0., 9.], c=[-1., 0.])), ([.1, 1.], dict(a=[5., 1.], b=[0., 1.], c=[-3., -1.]))])
+}, cases=[([1., .2], dict(a=[1., 0.], b=[0., 9.], c=[-1., 0.])), ([.1, 1.], dict(a=[5., 1.], b=[0., 1.], c=[-3., -1.])), ([1., 0.], dict(a=[-1., 0.], b=[1., .1], c=[0., 1.]))])
