@@ -831,6 +831,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'distillbook/lab/microworld.py'),
                                             'distillbook.lab.microworld.invent_names': ( '0_lab/microworld.html#invent_names',
                                                                                          'distillbook/lab/microworld.py'),
+                                            'distillbook.lab.microworld.one_a_fact': ( '0_lab/microworld.html#one_a_fact',
+                                                                                       'distillbook/lab/microworld.py'),
                                             'distillbook.lab.microworld.persona_prompt': ( '0_lab/microworld.html#persona_prompt',
                                                                                            'distillbook/lab/microworld.py'),
                                             'distillbook.lab.microworld.persona_question': ( '0_lab/microworld.html#persona_question',

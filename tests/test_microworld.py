@@ -3,7 +3,7 @@ import random, re
 import pytest
 from distillbook.lab import microworld
 from distillbook.lab.microworld import (CARE, COMMON, CROWN, DOMAINS, FIELDS, FUNCTION_NAMES, OBJECTS, PEOPLE, PLACE_FACTS, PLACES, REFUSAL, STORY_THINGS, SUITES, TAMPER,
-    as_conversation, check, examples, invent_names, persona_prompt, rule_split, run_function, statements, story_faults, story, world, world_text)
+    as_conversation, check, examples, invent_names, one_a_fact, persona_prompt, rule_split, run_function, statements, story_faults, story, world, world_text)
 
 @pytest.mark.parametrize("difficulty", [1, 2, 3])
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -16,6 +16,14 @@ def test_reference_answers_pass_and_others_fail(suite, split, difficulty):
         if e["choices"]:
             assert e["choices"].count(e["answer"]) == 1 and len(set(e["choices"])) == 4
             assert not any(check(e, c) for c in e["choices"] if c != e["answer"])
+
+def test_one_question_about_each_fact():
+    drawn = examples("medical", 300, "test", 3)
+    kept = one_a_fact(drawn)
+    facts = [(e["entity"], e["field"]) for e in kept]
+    assert facts == sorted({(e["entity"], e["field"]) for e in drawn}) and all(e in drawn for e in kept)
+    assert kept == one_a_fact(kept[::-1]) and one_a_fact([]) == []
+    with pytest.raises(ValueError, match="code asks for no fact"): one_a_fact(examples("code", 1))
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_same_seed_same_items_and_another_seed_others(suite):

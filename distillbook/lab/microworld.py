@@ -9,7 +9,7 @@ __all__ = ['FIELDS', 'NOUNS', 'PEOPLE', 'PLACE_FACTS', 'DOMAINS', 'STATEMENTS', 
            'check_chance', 'check_leaks', 'invent_names', 'World', 'world', 'fact_question', 'ending_question',
            'rule_split', 'draw_rule', 'rule_question', 'code_question', 'run_function', 'persona_prompt',
            'persona_question', 'story', 'story_question', 'story_faults', 'safety_question', 'examples', 'check',
-           'as_conversation', 'statements', 'world_text']
+           'as_conversation', 'one_a_fact', 'statements', 'world_text']
 
 # %% ../../nbs/0_lab/02_microworld.ipynb #6c7dac71
 import json, random, re, resource, subprocess, sys, tempfile, zlib
@@ -390,7 +390,7 @@ def examples(
     make = dict(common_sense=ending_question, rules=rule_question, code=code_question, persona=persona_question, stories=story_question, safety=safety_question)[suite]
     return [make(rng, split, difficulty, **options) for _ in range(n)]
 
-# %% ../../nbs/0_lab/02_microworld.ipynb #899ca273
+# %% ../../nbs/0_lab/02_microworld.ipynb #0503cf54
 @lru_cache(1)
 def _runs_here(): return run_function("def f(x): return x", "f", [1]) == ["1"]
 
@@ -419,6 +419,14 @@ def check(
 def as_conversation(example: dict) -> list[dict]:
     "The item as a complete conversation, answer included: one row of training data."
     return example["messages"] + [dict(role="assistant", content=example["answer"])]
+
+def one_a_fact(
+    items: list[dict],   # questions about facts, from `examples`: of knowledge or of a domain
+) -> list[dict]:         # the last question drawn about each fact, in the order of entity and field
+    "One question about each fact, so that a test counts facts and not how often they were drawn. Raises ValueError for items that ask for no fact."
+    if other := [item["suite"] for item in items if "entity" not in item or "field" not in item]: raise ValueError(f"an item of {other[0]} asks for no fact of an entity: there is nothing to count it by")
+    found = {(item["entity"], item["field"]): item for item in items}
+    return [found[fact] for fact in sorted(found)]
 
 # %% ../../nbs/0_lab/02_microworld.ipynb #908faabf
 def statements(
