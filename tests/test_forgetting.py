@@ -182,11 +182,10 @@ def own_task(name, rows):
 @pytest.mark.parametrize("name", ["arc_easy", "arc_challenge", "hellaswag", "mmlu_astronomy", "mmlu_world_religions"])
 def test_published_files_give_lm_evals_own_scores(name, realdata):
     pytest.importorskip("lm_eval")
-    from distillbook.lab.evaluate import _run_lm_eval
     place = realdata/"models"/"stories260K"/"hf"
     model, tokenizer = load_model(place), load_tokenizer(place)
     ours = lm_eval_scores(model, tokenizer, [name], limit=40, published=realdata/"benchmarks")[name]
-    theirs = _run_lm_eval(model, tokenizer, [own_task(name, hub_rows(name, realdata/"benchmarks")[:40])], None, 16, 0, False)[name]
+    theirs = lm_eval_scores(model, tokenizer, own_task(name, hub_rows(name, realdata/"benchmarks")[:40]), batch_size=16, fewshot=0)[name]
     assert ours["items"] == theirs["items"] and ours["metrics"] == theirs["metrics"] and ours["n"] == 40
 
 @pytest.mark.peer

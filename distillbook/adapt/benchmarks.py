@@ -7,15 +7,15 @@ __all__ = ['STOPS', 'NEED_REFERENCE', 'check_pass_at', 'check_kept_part', 'fence
            'pass_at_k', 'read_humaneval', 'cut_at_stops', 'humaneval_pair', 'humaneval_task', 'humaneval_scores',
            'read_mt_bench', 'hold_talks', 'mt_bench_prompt', 'judge_talks']
 
-# %% ../../nbs/3_adapt/36_benchmarks.ipynb #82f9857d
+# %% ../../nbs/3_adapt/36_benchmarks.ipynb #2c397a00
 import json, gzip, math, os, re, secrets, signal, subprocess, sys, tempfile, time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
-from ..lab.evaluate import _run_lm_eval
+from ..lab.evaluate import lm_eval_scores
 from ..lab.exercises import Exercise
 from ..synth.judging import Rubric, parse_score, read_rubric
 from ..synth.teachers import Ledger, Sampling, ask
@@ -190,7 +190,7 @@ def humaneval_pair(
     "The program that HumanEval runs: prompt and continuation, then the tests and their call."
     return problem["prompt"] + cut_at_stops(continuation), f"{problem['test']}\ncheck({problem['entry_point']})"
 
-# %% ../../nbs/3_adapt/36_benchmarks.ipynb #7eca99c6
+# %% ../../nbs/3_adapt/36_benchmarks.ipynb #8ec8c0f5
 def humaneval_task(
     problems: list[dict],         # from read_humaneval
     max_new_tokens: int = 1024,   # lm-eval's own limit
@@ -212,7 +212,7 @@ def humaneval_scores(
     **limits,                     # of run_program
 ) -> dict:                        # score, n, low, high, items, answers
     "pass@1 on HumanEval through lm-eval, greedy."
-    return _run_lm_eval(model, tokenizer, [humaneval_task(read_humaneval(place)[:limit], max_new_tokens, **limits)], None, batch_size, 0, False)["humaneval"]
+    return lm_eval_scores(model, tokenizer, humaneval_task(read_humaneval(place)[:limit], max_new_tokens, **limits), batch_size=batch_size, fewshot=0)["humaneval"]
 
 # %% ../../nbs/3_adapt/36_benchmarks.ipynb #85e796c8
 NEED_REFERENCE = ("math", "reasoning", "coding", "arena-hard-200")      # categories whose judge sees a reference answer, as in FastChat

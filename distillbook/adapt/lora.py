@@ -20,7 +20,7 @@ from ..lab.exercises import Exercise
 from ..lab.runs import atomic_write
 from ..lab.training import train
 
-# %% ../../nbs/3_adapt/31_lora.ipynb #e00c7340
+# %% ../../nbs/3_adapt/31_lora.ipynb #56565caa
 class LoraLinear(nn.Module):
     "A frozen linear layer with a trained low-rank change beside it: Wx + scaling B(Ax) (Hu et al. 2022, eq. 3)."
     def __init__(self,
@@ -34,14 +34,14 @@ class LoraLinear(nn.Module):
         if not isinstance(base, nn.Linear): raise TypeError(f"LoRA stands beside a linear layer, not beside {type(base).__name__}")
         if not 1 <= rank <= min(base.in_features, base.out_features): raise ValueError(f"rank must be 1 to {min(base.in_features, base.out_features)} for a layer of {base.in_features} inputs and {base.out_features} outputs, not {rank}")
         if not 0 <= dropout < 1: raise ValueError(f"dropout must be in [0, 1), not {dropout}")
-        self.base, self.rank, self.scaling, self.merged = base.requires_grad_(False), rank, alpha/(math.sqrt(rank) if rank_stabilised else rank), False
+        self.base, self.rank, self.scaling = base.requires_grad_(False), rank, alpha/(math.sqrt(rank) if rank_stabilised else rank)
         place = dict(device=base.weight.device, dtype=base.weight.dtype if base.weight.is_floating_point() else torch.float32)
         self.lora_A, self.lora_B = nn.Parameter(torch.empty(rank, base.in_features, **place)), nn.Parameter(torch.zeros(base.out_features, rank, **place))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
     def forward(self, x: Tensor) -> Tensor:
         out = self.base(x)
-        return out if self.merged else out + F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)*self.scaling
+        return out + F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)*self.scaling
     def change(self) -> Tensor:      # [out_features, in_features]
         return self.lora_B @ self.lora_A * self.scaling
 

@@ -409,10 +409,10 @@ def published_tasks(
     if "dev" in splits: task |= dict(fewshot_split="dev", fewshot_config=dict(sampler="first_n"))
     return [task]
 
-# %% ../../nbs/0_lab/05_evaluate.ipynb #8eac871f
+# %% ../../nbs/0_lab/05_evaluate.ipynb #4b32c9be
 def lm_eval_scores(
     model, tokenizer,
-    tasks: list[str] = None,    # our suites (default: all), published benchmarks, or names that lm-eval knows
+    tasks: list[str | dict] = None,   # our suites (default: all), published benchmarks, names that lm-eval knows, or its task dicts
     limit: int = None,          # the first so many items a task
     batch_size: int = 16,
     folder=None,                # of our task files; default: data/benchmarks
@@ -422,10 +422,10 @@ def lm_eval_scores(
     "Scores by lm-eval (Gao et al.) on our task files, published files, or its own tasks."
     try: import lm_eval
     except ImportError as error: raise ImportError("lm_eval_scores needs lm-eval: pip install 'distillbook[eval]'") from error
-    names = list(SUITES) if tasks is None else [tasks] if isinstance(tasks, str) else list(tasks)
-    suites = [name for name in names if name.removeprefix("distillbook_") in SUITES]
+    names = list(SUITES) if tasks is None else [tasks] if isinstance(tasks, (str, dict)) else list(tasks)
+    suites = [name for name in names if isinstance(name, str) and name.removeprefix("distillbook_") in SUITES]
     ours = [our_task(name, tokenizer, folder) for name in suites]
-    others = [task for name in names if name not in suites for task in (published_tasks(name, published) if published else [name])]
+    others = [task for name in names if name not in suites for task in (published_tasks(name, published) if published and isinstance(name, str) else [name])]
     results = _run_lm_eval(model, tokenizer, ours, limit, batch_size, None, True) if ours else {}
     if others: results |= _run_lm_eval(model, tokenizer, others, limit, batch_size, fewshot, False)
     if "mmlu" in names and published:
