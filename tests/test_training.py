@@ -176,6 +176,23 @@ def test_muon_learns():
     history = train(small(), rows(8), None, steps=30, learning_rate=1e-2, optimizer="muon", **FAST)
     assert history["loss"][-1] < history["loss"][0] - .5
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_muon_steps_like_torch_with_and_without_bfloat16(monkeypatch, quick):
+    import distillbook.lab.training as module
+    monkeypatch.setattr(module, "fast_bfloat16", lambda *_: quick)
+    draw = torch.Generator().manual_seed(1)
+    start, gradients = [torch.randn(24, 40, generator=draw) for _ in range(2)], [[torch.randn(24, 40, generator=draw) for _ in range(2)] for _ in range(4)]
+    ends = []
+    for kind in (module.Muon, torch.optim.Muon):
+        weights = [torch.nn.Parameter(w.clone()) for w in start]
+        optimizer = kind(weights, lr=.02, weight_decay=.1, adjust_lr_fn="match_rms_adamw")
+        for both in gradients:
+            for w, g in zip(weights, both): w.grad = g.clone()
+            optimizer.step()
+        ends.append([w.detach() for w in weights])
+        assert set(optimizer.state[weights[0]]) == {"momentum_buffer"}
+    for ours, theirs, w in zip(*ends, start): assert (ours - theirs).norm() <= (0. if quick else .05)*(theirs - w).norm()
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_tables_and_norms_are_not_given_to_muon(tied):
     model = small()

@@ -6,12 +6,14 @@
 __all__ = ['check_learning_rate_at', 'check_steps_done_again', 'check_singular_value_after', 'checkpoint_is_complete',
            'last_checkpoint', 'row_hash', 'rows_hash', 'weights_hash', 'begin_or_resume', 'checkpoints_left',
            'stop_at_nan', 'KeepWeightsFinite', 'check_rows', 'stack_rows', 'where_to_train', 'training_arguments',
-           'Progress', 'history_of', 'weights_at_start', 'keep_freed_memory', 'run_trainer', 'train', 'MuonAdamW']
+           'Progress', 'history_of', 'weights_at_start', 'keep_freed_memory', 'run_trainer', 'train', 'orthogonalised',
+           'Muon', 'MuonAdamW']
 
-# %% ../../nbs/0_lab/09_training.ipynb #09aa0004
+# %% ../../nbs/0_lab/09_training.ipynb #953e2a9f
 import ctypes, hashlib, json, math, os, shutil, sys, tempfile, time
 from pathlib import Path
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -274,7 +276,37 @@ def train(
             data_collator=collate or stack_rows, callbacks=[KeepWeightsFinite(), *trainer_options.pop("callbacks", [])], **trainer_options)
         return run_trainer(trainer, start, progress)
 
-# %% ../../nbs/0_lab/09_training.ipynb #7c2f9b31
+# %% ../../nbs/0_lab/09_training.ipynb #738089a1
+def orthogonalised(
+    update: Tensor,                        # [rows, columns]
+    rounds: int = 5,
+    dtype: torch.dtype = torch.bfloat16,   # of the computation
+) -> Tensor:                               # the same directions, singular values near 1
+    "Newton and Schulz's iteration with the coefficients of Jordan et al. 2024."
+    x = update.to(dtype)
+    if x.shape[0] > x.shape[1]: return orthogonalised(update.T, rounds, dtype).T     # the smaller of both products
+    x = x/x.norm()                                                                   # no singular value above 1
+    for _ in range(rounds):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.to(update.dtype)
+
+# %% ../../nbs/0_lab/09_training.ipynb #763a2954
+class Muon(torch.optim.Muon):
+    "torch's Muon; on a CPU that is slow in bfloat16 the same step with the iteration in float32."
+    @torch.no_grad()
+    def step(self, closure=None):
+        if fast_bfloat16() or any(w.device.type != "cpu" for group in self.param_groups for w in group["params"]): return super().step(closure)
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for w in (w for w in group["params"] if w.grad is not None):
+                if "momentum_buffer" not in self.state[w]: self.state[w]["momentum_buffer"] = torch.zeros_like(w)
+                mean = self.state[w]["momentum_buffer"].lerp_(w.grad, 1 - group["momentum"])
+                step = orthogonalised(w.grad.lerp(mean, group["momentum"]), dtype=torch.float32)
+                w.mul_(1 - group["lr"]*group["weight_decay"]).add_(step, alpha=-group["lr"]*.2*math.sqrt(max(w.shape)))
+        return loss
+
+# %% ../../nbs/0_lab/09_training.ipynb #6554fba2
 class MuonAdamW(torch.optim.Optimizer):
     "Muon (Jordan et al. 2024) for the matrices inside the layers, AdamW for tables, norms and biases. A model without such matrices raises ValueError."
     def __init__(self,
@@ -288,7 +320,7 @@ class MuonAdamW(torch.optim.Optimizer):
         others = [w for w in weights if w.ndim != 2 or id(w) in tables]
         if not matrices: raise ValueError(f"{type(model).__name__} has no matrix to train inside its layers ({len(others)} other tensors are to be trained): "
                                           "Muon has nothing to do, use optimizer='adamw'")
-        self.parts = [torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
+        self.parts = [Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")]
         if others: self.parts.append(torch.optim.AdamW(others, lr=learning_rate, betas=(.9, .95), weight_decay=0.))
         self.defaults = {}
     param_groups = property(lambda self: [group for part in self.parts for group in part.param_groups])
