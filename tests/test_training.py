@@ -176,8 +176,9 @@ def test_muon_learns():
     history = train(small(), rows(8), None, steps=30, learning_rate=1e-2, optimizer="muon", **FAST)
     assert history["loss"][-1] < history["loss"][0] - .5
 
+@pytest.mark.parametrize("more", [{}, dict(nesterov=False), dict(ns_steps=3), dict(adjust_lr_fn="original")])
 @pytest.mark.parametrize("quick", [True, False])
-def test_muon_steps_like_torch_with_and_without_bfloat16(monkeypatch, quick):
+def test_muon_steps_like_torch_with_and_without_bfloat16(monkeypatch, quick, more):
     import distillbook.lab.training as module
     monkeypatch.setattr(module, "fast_bfloat16", lambda *_: quick)
     draw = torch.Generator().manual_seed(1)
@@ -185,13 +186,21 @@ def test_muon_steps_like_torch_with_and_without_bfloat16(monkeypatch, quick):
     ends = []
     for kind in (module.Muon, torch.optim.Muon):
         weights = [torch.nn.Parameter(w.clone()) for w in start]
-        optimizer = kind(weights, lr=.02, weight_decay=.1, adjust_lr_fn="match_rms_adamw")
+        optimizer = kind(weights, **(dict(lr=.02, weight_decay=.1, adjust_lr_fn="match_rms_adamw") | more))
         for both in gradients:
             for w, g in zip(weights, both): w.grad = g.clone()
             optimizer.step()
         ends.append([w.detach() for w in weights])
         assert set(optimizer.state[weights[0]]) == {"momentum_buffer"}
     for ours, theirs, w in zip(*ends, start): assert (ours - theirs).norm() <= (0. if quick else .05)*(theirs - w).norm()
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_matrix_without_gradient_is_only_decayed(monkeypatch, quick):
+    import distillbook.lab.training as module
+    monkeypatch.setattr(module, "fast_bfloat16", lambda *_: quick)
+    weight = torch.nn.Parameter(torch.ones(6, 8)); weight.grad = torch.zeros(6, 8)
+    module.Muon([weight], lr=.1, weight_decay=.5, adjust_lr_fn="match_rms_adamw").step()
+    assert torch.allclose(weight.detach(), torch.full((6, 8), .95))
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_tables_and_norms_are_not_given_to_muon(tied):

@@ -276,7 +276,7 @@ def train(
             data_collator=collate or stack_rows, callbacks=[KeepWeightsFinite(), *trainer_options.pop("callbacks", [])], **trainer_options)
         return run_trainer(trainer, start, progress)
 
-# %% ../../nbs/0_lab/09_training.ipynb #738089a1
+# %% ../../nbs/0_lab/09_training.ipynb #95ef311d
 def orthogonalised(
     update: Tensor,                        # [rows, columns]
     rounds: int = 5,
@@ -285,24 +285,25 @@ def orthogonalised(
     "Newton and Schulz's iteration with the coefficients of Jordan et al. 2024."
     x = update.to(dtype)
     if x.shape[0] > x.shape[1]: return orthogonalised(update.T, rounds, dtype).T     # the smaller of both products
-    x = x/x.norm()                                                                   # no singular value above 1
+    x = x/x.norm().clamp(min=1e-7)                                                   # no singular value above 1; zero stays zero
     for _ in range(rounds):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
     return x.to(update.dtype)
 
-# %% ../../nbs/0_lab/09_training.ipynb #763a2954
+# %% ../../nbs/0_lab/09_training.ipynb #6155e20c
 class Muon(torch.optim.Muon):
-    "torch's Muon; on a CPU that is slow in bfloat16 the same step with the iteration in float32."
+    "torch's Muon; on a CPU that is slow in bfloat16 the same step with the iteration in float32, where coefficients and scale are those of this book."
     @torch.no_grad()
     def step(self, closure=None):
-        if fast_bfloat16() or any(w.device.type != "cpu" for group in self.param_groups for w in group["params"]): return super().step(closure)
+        usual = all(group["adjust_lr_fn"] == "match_rms_adamw" and tuple(group["ns_coefficients"]) == (3.4445, -4.775, 2.0315) for group in self.param_groups)
+        if fast_bfloat16() or not usual or any(w.device.type != "cpu" for group in self.param_groups for w in group["params"]): return super().step(closure)
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             for w in (w for w in group["params"] if w.grad is not None):
                 if "momentum_buffer" not in self.state[w]: self.state[w]["momentum_buffer"] = torch.zeros_like(w)
                 mean = self.state[w]["momentum_buffer"].lerp_(w.grad, 1 - group["momentum"])
-                step = orthogonalised(w.grad.lerp(mean, group["momentum"]), dtype=torch.float32)
+                step = orthogonalised(w.grad.lerp(mean, group["momentum"]) if group["nesterov"] else mean, group["ns_steps"], torch.float32)
                 w.mul_(1 - group["lr"]*group["weight_decay"]).add_(step, alpha=-group["lr"]*.2*math.sqrt(max(w.shape)))
         return loss
 
