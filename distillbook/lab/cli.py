@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['VERDICT_STYLES', 'app', 'Overrides', 'Profile', 'LARGEST_NOTEBOOK', 'check_number_of_runs', 'check_same_code',
            'split_overrides', 'Plan', 'plan_run', 'Watch', 'explain_failure', 'Outcome', 'write_json', 'execute',
-           'console', 'print_table', 'complain', 'print_record', 'run_command', 'grid', 'sweep_rows', 'sweep',
-           'sweep_command', 'reference_record', 'header_numbers', 'list_command', 'claims_command', 'claims_table',
-           'report_command', 'fit_history', 'stream_reply', 'chat_command', 'chat', 'read_constraints', 'Skipped',
-           'check_python', 'check_package', 'check_torch', 'check_memory', 'check_disk', 'check_write', 'check_model',
-           'data_files', 'data_sums', 'write_sums', 'check_data', 'check_kernel', 'check_answers', 'doctor_checks',
-           'doctor_command', 'store_outputs', 'clean_notebook', 'set_header', 'stale_notebooks', 'refresh_outputs',
-           'readme_text', 'write_readme', 'outputs_command']
+           'console', 'print_table', 'complain', 'print_record', 'run_command', 'merge_command', 'grid', 'sweep_rows',
+           'sweep', 'sweep_command', 'reference_record', 'header_numbers', 'list_command', 'claims_command',
+           'claims_table', 'report_command', 'fit_history', 'stream_reply', 'chat_command', 'chat', 'read_constraints',
+           'Skipped', 'check_python', 'check_package', 'check_torch', 'check_memory', 'check_disk', 'check_write',
+           'check_model', 'data_files', 'data_sums', 'write_sums', 'check_data', 'check_kernel', 'check_answers',
+           'doctor_checks', 'doctor_command', 'store_outputs', 'clean_notebook', 'set_header', 'stale_notebooks',
+           'refresh_outputs', 'readme_text', 'write_readme', 'outputs_command']
 
-# %% ../../nbs/0_lab/07_cli.ipynb #1dacf57b
-import contextlib, hashlib, itertools, json, math, os, re, shutil, sys, tempfile, time
+# %% ../../nbs/0_lab/07_cli.ipynb #747a6b08
+import contextlib, hashlib, importlib, itertools, json, math, os, re, shutil, sys, tempfile, time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -252,6 +252,22 @@ def run_command(
     else: print_record(outcome.record)
     print(plan.folder, flush=True)
     if outcome.failure: raise typer.Exit(1)
+
+# %% ../../nbs/0_lab/07_cli.ipynb #231c94c3
+@app.command("merge", epilog="Example:  distillbook merge ties.yml runs/merged")
+def merge_command(
+    config: Annotated[Path, typer.Argument(help="A configuration in mergekit's YAML.")],
+    out: Annotated[Path | None, typer.Argument(help="The new model's folder.  [default: runs/merged/NAME of the configuration]")] = None,
+    seed: Annotated[int, typer.Option(help="Of random drops.")] = 0,
+):
+    "Merge model folders from disk; the last line printed is the new model's folder."
+    from distillbook.lab.settings import project_root
+    out = out or project_root()/"runs"/"merged"/config.stem
+    with _usage():
+        disk = importlib.import_module("distillbook.merge.disk")
+        try: print(disk.merge_folders(disk.read_merge_config(config), out, seed=seed), file=sys.stderr)
+        except KeyboardInterrupt: complain("stopped; nothing was written"); raise typer.Exit(130) from None
+    print(out, flush=True)
 
 # %% ../../nbs/0_lab/07_cli.ipynb #657e48a0
 def grid(

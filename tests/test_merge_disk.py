@@ -1,5 +1,5 @@
 "Chapter 44: files in pieces, mergekit's configurations, and what a merge refuses."
-import json, shutil, subprocess, sys, textwrap
+import json, math, shutil, subprocess, sys, textwrap
 import pytest, torch
 from hypothesis import given, strategies as st
 from safetensors.torch import load_file, save_file
@@ -75,15 +75,17 @@ def test_models_that_are_not_there(place, tmp_path):
     (tmp_path/"d").mkdir(); shutil.copy(place/"a"/"config.json", tmp_path/"d")
     with pytest.raises(FileNotFoundError, match="no model.safetensors"): open_model(tmp_path/"d")
 
-@given(st.integers(1, 300), st.integers(1, 50), st.integers(0, 300), st.booleans())
-def test_the_largest_in_pieces_are_the_largest(n, piece, k, ties):
+@given(st.integers(1, 300), st.integers(1, 50), st.integers(0, 300), st.booleans(), st.booleans())
+def test_the_largest_in_pieces_are_the_largest(n, piece, k, ties, sampled):
     values = torch.randn(n)
     if ties: values = values.round()
     k = min(k, n)
-    chosen = Largest(lambda: iter(values.split(piece)), k).start()
-    mask = torch.cat([chosen.mask(p) for p in values.split(piece)])
-    assert mask.sum() == k and (k in (0, n) or values.abs()[mask].min() >= values.abs()[~mask].max())
-    equal = (values.abs() == values.abs()[mask].min()) if 0 < k < n else torch.zeros(n, dtype=torch.bool)
+    chosen = Largest(lambda: iter(values.split(piece)), k, n, values[torch.randint(n, (20,))] if sampled else None).start()
+    kept = torch.cat([chosen.cut(p) for p in values.split(piece)])
+    mask, border = kept != 0, values.abs().sort(descending=True).values[k - 1] if k else math.inf
+    assert torch.equal(kept[mask], values[mask]) and mask.sum() == (values[mask] != 0).sum() and (mask.sum() == k or border == 0)
+    assert (values.abs()[mask] >= border).all() and (values.abs()[~mask] <= border).all()
+    equal = (values.abs() == border) & (values != 0)
     assert mask[equal].int().diff().max().item() <= 0 if equal.sum() > 1 else True      # of equal ones the first
 
 # merges
