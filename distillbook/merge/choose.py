@@ -9,7 +9,7 @@ __all__ = ['check_next_task_cost', 'check_kept_share', 'Advice', 'advise']
 from dataclasses import dataclass
 from ..lab.exercises import Exercise
 
-# %% ../../nbs/4_merge/42_choose.ipynb #2f20b836
+# %% ../../nbs/4_merge/42_choose.ipynb #8a280a4d
 @dataclass
 class Advice:
     "What to do, and why."
@@ -32,7 +32,7 @@ def advise(
     if data_at_hand and tasks_a_month < 1: return Advice("retrain", "all data is at hand and few tasks will come: one tuning on everything needs no router and no merge")
     if may_route and slower <= slower_allowed: return Advice("switch", f"each task keeps its own adapter, a request takes {slower:.2f} times as long, and a new task trains one adapter")
     if merge_share is not None and merge_share >= share_wanted: return Advice("merge", f"the merge kept {merge_share:.0%} of what the specialists score, and a request costs what it did")
-    if data_at_hand: return Advice("retrain", "the merge keeps too little here and switching is not possible: tune on everything each time a task comes")
+    if data_at_hand: return Advice("retrain", "the merge keeps too little here, and adapters are too slow or requests cannot be told apart: tune on everything each time a task comes")
     if may_route: return Advice("switch", f"a merge keeps too little here ({'not measured' if merge_share is None else f'{merge_share:.0%}'}) and the data is not there to retrain: accept requests that take {slower:.2f} times as long")
     return Advice("merge", f"nothing else is possible without data and routes; it keeps {'an unmeasured share' if merge_share is None else f'{merge_share:.0%}'}: measure each task before you ship it")
 
