@@ -1,6 +1,6 @@
 "What the tests share: the command line in a process of its own, notebooks run once at smoke, and inputs that may be absent."
 import json, os, subprocess, sys, time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 import pytest
 from hypothesis import settings as hypothesis_settings
@@ -13,6 +13,7 @@ NOTEBOOKS = sorted(p for p in (ROOT/"nbs").rglob("*.ipynb") if ".ipynb_checkpoin
 SOLUTIONS = [p for p in NOTEBOOKS if p.parent.name == "solutions"]
 CHAPTERS = [p for p in NOTEBOOKS if p not in SOLUTIONS and p.parent.name != "nbs"]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")     # notebooks run beside the tests: threads that outnumber the cores wait for each other
 
 
 def source(cell): return "".join(cell["source"])
@@ -38,9 +39,10 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 class SmokeRuns:
-    "Every notebook at smoke, two at a time, each once; a test waits for the one that it asks for."
+    "Every notebook at smoke, each once, one after the other beside the tests; a test that needs one which has not begun runs it itself."
     def __init__(self, folder, cache):
-        self.folder, self.cache, self.pool, self.started = folder, cache, ThreadPoolExecutor(2), {}
+        self.folder, self.cache, self.pool, self.started = folder, cache, ThreadPoolExecutor(1), {}
+    def _place(self, path): return self.folder/path.parent.name/path.stem
     def _one(self, path, out):
         start = time.time()
         if path in SOLUTIONS:
@@ -51,9 +53,12 @@ class SmokeRuns:
         return dict(done=done, folder=out, seconds=time.time() - start, notebook=out/path.name)
     def start(self, paths):
         for path in paths:
-            if path not in self.started: self.started[path] = self.pool.submit(self._one, path, self.folder/path.parent.name/path.stem)
+            if path not in self.started: self.started[path] = self.pool.submit(self._one, path, self._place(path))
     def get(self, path):
         self.start([path])
+        if self.started[path].cancel():
+            self.started[path] = Future()
+            self.started[path].set_result(self._one(path, self._place(path)))
         return self.started[path].result()
 
 @pytest.fixture(scope="session")
@@ -61,6 +66,11 @@ def smoke(tmp_path_factory, cache):
     runs = SmokeRuns(tmp_path_factory.mktemp("smoke"), cache)
     yield runs
     runs.pool.shutdown(cancel_futures=True)
+
+@pytest.fixture(scope="session", autouse=True)
+def notebooks_beside_the_tests(request):
+    "The notebooks take a third of the suite's time and half of the machine: they start with the first test, where any test will ask for them."
+    if any(item.path.name == "test_notebooks.py" for item in request.session.items): request.getfixturevalue("smoke").start(CHAPTERS + SOLUTIONS)
 
 
 @pytest.fixture(scope="session")

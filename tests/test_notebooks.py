@@ -7,10 +7,6 @@ from distillbook.lab.settings import parameters_from_code, resolve_parameters
 
 def name(path): return f"{path.parent.name}/{path.stem}"
 
-@pytest.fixture(scope="module", autouse=True)
-def all_started(smoke): smoke.start(CHAPTERS + SOLUTIONS)
-
-
 @pytest.mark.parametrize("path", CHAPTERS, ids=name)
 def test_chapter_runs_at_smoke(path, smoke):
     result = smoke.get(path)
