@@ -120,7 +120,7 @@ def merge_adapters(
         A[layer], B[layer] = to_rank(merge_deltas(changes, strengths, **(usual | options)), rank or max(len(a) for a, *_ in have))
     return Adapter(A, B, next(iter(others), ""))
 
-# %% ../../nbs/4_merge/41_adapters.ipynb #cdfbc116
+# %% ../../nbs/4_merge/41_adapters.ipynb #68c16991
 def _entry_of_change(A, B, scale, i, j): return scale*sum(B[i][k]*A[k][j] for k in range(len(A)))
 
 check_entry_of_change = Exercise("entry_of_change", _entry_of_change, {
@@ -128,7 +128,7 @@ check_entry_of_change = Exercise("entry_of_change", _entry_of_change, {
     "swapped": (lambda A, B, scale, i, j: _entry_of_change(A, B, scale, j, i) if j < len(B) and i < len(A[0]) else 0., "the row comes from B and the column from A."),
     "first rank only": (lambda A, B, scale, i, j: scale*B[i][0]*A[0][j], "every row of A has its column of B: add them all up."),
     "scale squared": (lambda A, B, scale, i, j: scale*_entry_of_change(A, B, scale, i, j), "the product is scaled once, not each factor."),
-}, cases=[([[1., 2.], [0., 3.]], [[1., 0.], [2., 1.]], 2., 1, 0), ([[1., 2.], [0., 3.]], [[1., 0.], [2., 1.]], 2., 0, 1), ([[1., 2., 4.]], [[1.], [3.]], .5, 1, 2)])
+}, cases=[([[1., 2.], [5., 3.]], [[1., 2.], [4., 1.]], 2., 1, 0), ([[1., 2.], [5., 3.]], [[1., 2.], [4., 1.]], 2., 0, 1), ([[1., 2., 4.]], [[1.], [3.]], .5, 1, 2)])
 
 def _adapter_for(shares, least): return max(shares, key=shares.get) if max(shares.values()) >= least else ""
 

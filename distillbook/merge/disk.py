@@ -332,7 +332,7 @@ def _sparse(source, recipe, base, steps, key):
         return lambda begin, end: cut(begin, end)*factor
     return with_factor if factor != 1 else begin_round
 
-# %% ../../nbs/4_merge/44_disk.ipynb #8c0af9af
+# %% ../../nbs/4_merge/44_disk.ipynb #9e6672dd
 def merged_pieces(
     method: str,                      # a key of TASK_VECTORS, one of SUMS, or passthrough
     sources: list[Source],            # without the base
@@ -359,8 +359,7 @@ def merged_pieces(
         for begin, end in steps:
             found = Consensus(recipe.elect, recipe.weighted, divide)
             for source, cut in zip(sources, rounds): found.add(cut(begin, end), source.weight)
-            merged = found.result()
-            yield base.read(begin, end) + (scale*merged if scale != 1 else merged)
+            yield base.read(begin, end) + scale*found.result()
         return
     if method == "linear": coefficients = linear_coefficients([s.weight for s in given], normalize is not False)
     elif method == "passthrough":

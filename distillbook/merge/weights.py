@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..lab.exercises import Exercise
 
-# %% ../../nbs/4_merge/40_weights.ipynb #9a78405e
+# %% ../../nbs/4_merge/40_weights.ipynb #bd5a37ed
 GENERAL = ("knowledge", "common_sense", "rules", "code", "safety")
 
 def train_expert(
@@ -49,6 +49,7 @@ def exam(
     asked = {d: one_a_fact(examples(d, 60*facts, "test", 77, world_seed=1, asked="all"))[:facts] for d in ("medical", "legal", "finance")}
     return asked | dict(general=[item for suite in GENERAL for item in examples(suite, items, "test", 78)])
 
+# %% ../../nbs/4_merge/40_weights.ipynb #be3dd889
 def weights_of(
     place: str | Path,          # a model
 ) -> dict[str, Tensor]:         # float32, without gradients
