@@ -74,7 +74,8 @@ def test_header_box_says_what_the_records_say(path):
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=name)
 def test_reference_runs_keep_to_their_time(path):
-    for profile, limit in (("smoke", 60), ("laptop", 540 if path.parent.name == "recipes" else 300)):
+    recipe = 540 if path.stem == "ship_a_student" else 360      # the flagship trains two students and two continuations: 491 s on a processor without AVX-512
+    for profile, limit in (("smoke", 60), ("laptop", recipe if path.parent.name == "recipes" else 300)):
         record = reference_record(path.stem, profile)
         assert record, f"data/records/{profile}/{path.stem}.json is missing: make outputs"
         assert record["seconds"] <= limit, f"{path.stem} took {record['seconds']:.0f} s at {profile}, {limit} s allowed"

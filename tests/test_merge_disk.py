@@ -100,6 +100,15 @@ def test_disk_and_memory_give_one_model(place, tmp_path, method):
     whole = merge_states(method, [state(place/n) for n in names], state(place/"base") if based else None, **options)
     for n, w in whole.items(): assert (got[n] - w).abs().max() < 1e-6, n
 
+@pytest.mark.parametrize("method", ["ties", "breadcrumbs_ties"])
+def test_computing_in_float64_agrees_with_memory(place, tmp_path, method):
+    names = ["a", "b", "c"]
+    parameters = dict(density=.3, weight=.7)
+    merge_folders(config(place, method, names, "base", parameters, out_dtype="float64"), tmp_path/"out", dtype="float64", piece=1000, progress=False)
+    got = {n: t for path in (tmp_path/"out").glob("*.safetensors") for n, t in load_file(path).items()}
+    whole = merge_states(method, [{n: w.double() for n, w in state(place/n).items()} for n in names], {n: w.double() for n, w in state(place/"base").items()}, density=.3, weights=[.7]*3)
+    for n, w in got.items(): assert w.dtype == torch.float64 and (w - whole[n]).abs().max() < 1e-12, n
+
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
 def test_random_drops_depend_on_the_seed_alone(place, tmp_path, method):
     parameters = dict(density=.5, weight=.5)

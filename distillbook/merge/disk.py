@@ -186,27 +186,27 @@ def abandon(self: ShardWriter):
     if self.file: self.file.close()
     shutil.rmtree(self.part, ignore_errors=True)
 
-# %% ../../nbs/4_merge/44_disk.ipynb #498f3419
+# %% ../../nbs/4_merge/44_disk.ipynb #6425553a
 PIECE = 1 << 18          # numbers of a tensor that are in memory at one time, of each model
 SAMPLED = 1 << 16        # entries by which a border is guessed; smaller tensors are sorted whole
 
 def _magnitude(part): return part.abs().to(torch.float32)
 
 def _border_by_bits(pieces, k):
-    "The k-th largest magnitude, how many entries have it and how many of these are among the k; by counting."
+    "The k-th largest magnitude, and how many entries of that size are among the k; by counting."
     def find(bins_of, bins, wanted):
         counts = sum(torch.bincount(bins_of(_magnitude(p).view(torch.int32)), minlength=bins) for p in pieces())
         above = counts.flip(0).cumsum(0)
         place = int((above < wanted).sum())
-        return bins - 1 - place, int(above[place - 1]) if place else 0, int(counts[bins - 1 - place])
-    high, above, _ = find(lambda bits: bits >> 16, 1 << 15, k)
-    low, more, equal = find(lambda bits: bits[(bits >> 16) == high] & 0xffff, 1 << 16, k - above)
-    return torch.tensor((high << 16) | low, dtype=torch.int32).view(torch.float32).item(), equal, k - above - more
+        return bins - 1 - place, int(above[place - 1]) if place else 0
+    high, above = find(lambda bits: bits >> 16, 1 << 15, k)
+    low, more = find(lambda bits: bits[(bits >> 16) == high] & 0xffff, 1 << 16, k - above)
+    return torch.tensor((high << 16) | low, dtype=torch.int32).view(torch.float32).item(), k - above - more
 
 def _border_by_sample(pieces, k, numel, sample):
     "The same by one look, or None where the sample does not tell."
-    if sample is None: low, high = 0., math.inf
-    else:
+    low, high = 0., math.inf                 # a small tensor is sorted whole
+    if sample is not None:
         ordered, place = _magnitude(sample).sort(descending=True).values, k/numel*len(sample)
         first, last = int(place - .015*len(sample)), int(place + .015*len(sample)) + 1
         low, high = ordered[last].item() if last < len(ordered) else 0., ordered[first].item() if first >= 0 else math.inf
@@ -221,19 +221,19 @@ def _border_by_sample(pieces, k, numel, sample):
     between, wanted = torch.from_numpy(between[:filled]), k - above
     if not 0 < wanted <= len(between): return None
     border = between.kthvalue(len(between) - wanted + 1).values
-    return border.item(), int((between == border).sum()), wanted - int((between > border).sum())
+    return border.item(), wanted - int((between > border).sum())
 
-# %% ../../nbs/4_merge/44_disk.ipynb #3623c232
+# %% ../../nbs/4_merge/44_disk.ipynb #b35eba3f
 class Largest:
     "Chooses the k entries of largest magnitude of a tensor that is seen in pieces; of equal ones the first."
     def __init__(self,
         pieces,              # function without arguments: an iterator over the tensor's pieces, always the same
         k: int,              # how many
         numel: int,          # of the tensor
-        sample=None,         # some entries of it, for a guess at the border; needed where it is too large to be sorted whole
+        sample=None,         # some entries of it, for a guess at the border of a tensor that is too large to be sorted whole
     ):
-        self.border, self.equal, self.ties = math.inf, 0, 0
-        if k > 0: self.border, self.equal, self.ties = (sample is not None or numel <= SAMPLED) and _border_by_sample(pieces, k, numel, sample) or _border_by_bits(pieces, k)
+        self.border, self.ties = math.inf, 0
+        if k > 0: self.border, self.ties = _border_by_sample(pieces, k, numel, sample) or _border_by_bits(pieces, k)
 
     def start(self):
         "Before the first piece."

@@ -3,7 +3,7 @@
     python -m venv /somewhere && /somewhere/bin/pip install torch==2.13.0 mergekit==0.1.5
     python tests/bench/merge.py --mergekit /somewhere/bin [--small]
 
-Writes its table to data/measured/merge.json, where chapter 44 reads it. Needs 8 GB of disk and twenty minutes; --small checks equality alone.
+Writes its table to data/measured/merge.json, where chapter 44 reads it. Needs 8 GB of disk and twenty minutes; --small checks equality alone and writes nothing.
 With DISTILLBOOK_REALDATA a published model and three tuned from it are among the merged ones.
 """
 import argparse, json, os, platform, shutil, subprocess, sys, tempfile, time
@@ -210,11 +210,12 @@ def main():
     work.mkdir(parents=True, exist_ok=True)
     versions = json.loads(subprocess.run([str(asked.mergekit/"python"), "-c", "import json, importlib.metadata as m; print(json.dumps({p: m.version(p) for p in ('mergekit', 'torch', 'transformers', 'safetensors')}))"], capture_output=True, text=True, check=True).stdout)
     found = dict(versions=versions, machine=f"{platform.machine()}, {os.cpu_count()} cores", differences=equality(asked.mergekit, work), difference_of_drops=draws(asked.mergekit, work), karcher_by_hand=hand_case(asked.mergekit))
-    if not asked.small: found["costs"] = costs(asked.mergekit, work)
-    out = project_root()/"data"/"measured"/"merge.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(found, indent=1) + "\n")
-    print(out, "largest difference", max(d["largest"] for d in found["differences"].values()), "of drops", found["difference_of_drops"])
+    if not asked.small:
+        found["costs"] = costs(asked.mergekit, work)
+        out = project_root()/"data"/"measured"/"merge.json"
+        out.parent.mkdir(exist_ok=True)
+        out.write_text(json.dumps(found, indent=1) + "\n"); print(out)
+    print("largest difference", max(d["largest"] for d in found["differences"].values()), "of drops", found["difference_of_drops"])
     if not asked.work: shutil.rmtree(work)
 
 if __name__ == "__main__": main()
