@@ -1,8 +1,8 @@
 "What the tests share: the command line in a process of its own, notebooks run once at smoke, and inputs that may be absent."
-import json, os, subprocess, sys, time
+import json, os, subprocess, sys, threading, time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-import pytest
+import psutil, pytest
 from hypothesis import settings as hypothesis_settings
 
 hypothesis_settings.register_profile("book", deadline=None)     # a busy machine is no error
@@ -38,18 +38,45 @@ def cache(tmp_path_factory):
     "A cache that starts empty, so that every experiment runs in the tests; its corpora are shared by all notebooks."
     return tmp_path_factory.mktemp("cache")
 
+BESIDE = "DISTILLBOOK_BESIDE_THE_TESTS"
+def children():
+    "Process numbers of all that the tests started, and what those started; not of the notebooks that run beside them."
+    found = set()
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if time.time() - child.create_time() < 1: time.sleep(0.2)      # between fork and exec a process has its parent's environment
+            if BESIDE not in child.environ(): found.add(child.pid)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess): continue      # it has ended
+    return found
+
+class Solver:
+    "One process that runs the solutions, each in a fork: what is slow to import is imported once."
+    def __init__(self, variables): self.variables, self.process, self.lock = variables, None, threading.Lock()
+    def __call__(self, path, log):
+        with self.lock:
+            if self.process is None or self.process.poll() is not None:
+                self.process = subprocess.Popen([sys.executable, str(ROOT/"tests"/"solve.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                                text=True, cwd=ROOT, env=environment(**self.variables))
+            print(path, log, sep="\t", file=self.process.stdin, flush=True)
+            code = self.process.stdout.readline()
+        return subprocess.CompletedProcess([str(path)], int(code or 1), "", log.read_text(errors="replace") if log.exists() else "the process that runs solutions has ended")
+    def close(self):
+        if self.process:
+            self.process.stdin.close()
+            self.process.wait()
+
 class SmokeRuns:
     "Every notebook at smoke, each once, one after the other beside the tests; a test that needs one which has not begun runs it itself."
     def __init__(self, folder, cache):
-        self.folder, self.cache, self.pool, self.started = folder, cache, ThreadPoolExecutor(1), {}
+        self.folder, self.variables, self.pool, self.started = folder, {"DISTILLBOOK_CACHE": cache, BESIDE: 1}, ThreadPoolExecutor(1), {}
+        self.solver = Solver(self.variables)
     def _place(self, path): return self.folder/path.parent.name/path.stem
     def _one(self, path, out):
         start = time.time()
         if path in SOLUTIONS:
-            arguments = [sys.executable, "-m", "papermill", "--no-progress-bar", "--cwd", str(ROOT), str(path), str(out/path.name)]
             out.mkdir(parents=True)
-            done = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, env=environment(DISTILLBOOK_CACHE=self.cache), timeout=900)
-        else: done = book("run", path, "--profile", "smoke", "--out", out, DISTILLBOOK_CACHE=self.cache)
+            done = self.solver(path, out/"log.txt")
+        else: done = book("run", path, "--profile", "smoke", "--out", out, **self.variables)
         return dict(done=done, folder=out, seconds=time.time() - start, notebook=out/path.name)
     def start(self, paths):
         for path in paths:
@@ -66,6 +93,7 @@ def smoke(tmp_path_factory, cache):
     runs = SmokeRuns(tmp_path_factory.mktemp("smoke"), cache)
     yield runs
     runs.pool.shutdown(cancel_futures=True)
+    runs.solver.close()
 
 @pytest.fixture(scope="session", autouse=True)
 def notebooks_beside_the_tests(request):

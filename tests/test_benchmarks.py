@@ -3,6 +3,7 @@ import importlib.util, json, os, random, signal, subprocess, sys, threading, tim
 from pathlib import Path
 import numpy as np, psutil, pytest
 from hypothesis import given, settings, strategies as st
+from conftest import children
 from distillbook.adapt.benchmarks import (NEED_REFERENCE, STOPS, cut_at_stops, hold_talks, humaneval_pair, humaneval_scores, humaneval_task, judge_talks, mt_bench_prompt,
                                           pass_at_k, read_humaneval, read_mt_bench, run_program, run_programs)
 from distillbook.lab.models import load_model, load_tokenizer
@@ -47,14 +48,14 @@ def test_five_hundred_hostile_programs_hurt_nobody(tmp_path):
     programs = programs[:500] + [("good", GOOD + f"# {i}", {"passed"}) for i in range(20)]
     assert sum(kind != "good" for kind, *_ in programs) == 500
     here, me = set(os.listdir()), psutil.Process()
-    before, memory = {p.pid for p in me.children(recursive=True)}, me.memory_info().rss
+    before, memory = children(), me.memory_info().rss
     canary = Path("/tmp/distillbook_was_here"); assert not canary.exists()
     got = run_programs([(source, TESTS) for _, source, _ in programs], at_once=4, progress=False, seconds=1, megabytes=256)
     wrong = [(kind, source, verdict) for (kind, source, fitting), verdict in zip(programs, got) if verdict.kind not in fitting]
     assert not wrong, wrong[:5]
     assert set(os.listdir()) == here and not canary.exists()
     time.sleep(.5)
-    left = [p for p in me.children(recursive=True) if p.pid not in before and p.status() != psutil.STATUS_ZOMBIE]
+    left = children() - before
     assert not left, f"processes left behind: {left}"
     assert me.memory_info().rss - memory < 300e6
 

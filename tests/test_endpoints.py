@@ -4,6 +4,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, psutil, pytest, torch
 from hypothesis import given, settings, strategies as st
+from conftest import children
 from distillbook.lab.models import CHAT_TEMPLATE, encode_prompts, generate, load_model, load_tokenizer, tiny_qwen3, train_tokenizer
 from distillbook.lab.microworld import SUITES, examples
 from distillbook.synth import endpoints
@@ -35,7 +36,6 @@ def wait_for(condition, what, seconds=30):
     while not condition():
         assert time.time() < end, f"{what} did not happen in {seconds} s"
         time.sleep(0.05)
-def children(): return {p.pid for p in psutil.Process().children(recursive=True)}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 "Every notebook runs from its first cell to its last, with the values it was given, and leaves what it promises."
-import math
+import json, math
 import pytest
 from conftest import CHAPTERS, NOTEBOOKS, SOLUTIONS, book, cells, source
 from distillbook.lab.runs import RunRecord, code_hash
@@ -51,3 +51,10 @@ def test_chapter_runs_on_a_gpu(path, tmp_path):
     done = book("run", path, "--profile", "gpu", "--out", tmp_path/"run", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     assert RunRecord.load(tmp_path/"run").seconds < 300
+
+def test_a_solution_that_fails_is_told(smoke, tmp_path):
+    notebook = dict(nbformat=4, nbformat_minor=5, metadata={}, cells=[dict(id=str(n), cell_type="code", metadata={}, source=text, outputs=[], execution_count=None)
+                                                                      for n, text in enumerate(("x = 1", "x/0", "import os; os._exit(0)"))])
+    (tmp_path/"fails.ipynb").write_text(json.dumps(notebook))
+    done = smoke.solver(tmp_path/"fails.ipynb", tmp_path/"log.txt")
+    assert done.returncode == 1 and "ZeroDivisionError" in done.stderr and "cell 1" in done.stderr
