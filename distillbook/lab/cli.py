@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['VERDICT_STYLES', 'app', 'Overrides', 'Profile', 'LARGEST_NOTEBOOK', 'check_number_of_runs', 'check_same_code',
            'split_overrides', 'Plan', 'plan_run', 'Watch', 'explain_failure', 'Outcome', 'write_json', 'execute',
-           'console', 'print_table', 'complain', 'print_record', 'run_command', 'merge_command', 'grid', 'sweep_rows',
-           'sweep', 'sweep_command', 'reference_record', 'header_numbers', 'list_command', 'claims_command',
-           'claims_table', 'report_command', 'fit_history', 'stream_reply', 'chat_command', 'chat', 'read_constraints',
-           'Skipped', 'check_python', 'check_package', 'check_torch', 'check_memory', 'check_disk', 'check_write',
-           'check_model', 'data_files', 'data_sums', 'write_sums', 'check_data', 'check_kernel', 'check_answers',
-           'doctor_checks', 'doctor_command', 'store_outputs', 'clean_notebook', 'set_header', 'stale_notebooks',
-           'refresh_outputs', 'readme_text', 'write_readme', 'outputs_command']
+           'console', 'print_table', 'complain', 'print_record', 'run_command', 'merge_command', 'serve_command',
+           'grid', 'sweep_rows', 'sweep', 'sweep_command', 'reference_record', 'header_numbers', 'list_command',
+           'claims_command', 'claims_table', 'report_command', 'fit_history', 'stream_reply', 'chat_command', 'chat',
+           'read_constraints', 'Skipped', 'check_python', 'check_package', 'check_torch', 'check_memory', 'check_disk',
+           'check_write', 'check_model', 'data_files', 'data_sums', 'write_sums', 'check_data', 'check_kernel',
+           'check_answers', 'doctor_checks', 'doctor_command', 'store_outputs', 'clean_notebook', 'set_header',
+           'stale_notebooks', 'refresh_outputs', 'readme_text', 'write_readme', 'outputs_command']
 
 # %% ../../nbs/0_lab/07_cli.ipynb #747a6b08
 import contextlib, hashlib, importlib, itertools, json, math, os, re, shutil, sys, tempfile, time
@@ -268,6 +268,21 @@ def merge_command(
         try: print(disk.merge_folders(disk.read_merge_config(config), out, seed=seed), file=sys.stderr)
         except KeyboardInterrupt: complain("stopped; nothing was written"); raise typer.Exit(130) from None
     print(out, flush=True)
+
+# %% ../../nbs/0_lab/07_cli.ipynb #49caf238
+@app.command("serve", epilog="Examples:  distillbook serve teacher student   |   DISTILLBOOK_API_KEY=... distillbook serve FOLDER --host 0.0.0.0 --port 9000")
+def serve_command(
+    models: Annotated[list[str], typer.Argument(help="Shipped models (teacher, student, actor), folders, or hub names.")],
+    host: Annotated[str, typer.Option(help="Where to listen; other machines reach it only where you say so.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8000,
+    batch: Annotated[int, typer.Option(min=1, help="Replies that are written at one time.")] = 16,
+    api_key: Annotated[str, typer.Option(envvar="DISTILLBOOK_API_KEY", help="Each request must carry it; better in the variable than on the command line.")] = "",
+):
+    "Serve models behind the OpenAI interface, with a chat in the browser; Ctrl+C ends it."
+    with _usage():
+        try: importlib.import_module("distillbook.ship.serve").serve(models, host, port, api_key or None, batch, told=lambda line: print(line, flush=True))
+        except KeyboardInterrupt: complain("ended")
+        except OSError as error: complain(error.strerror or str(error)); raise typer.Exit(1) from None
 
 # %% ../../nbs/0_lab/07_cli.ipynb #657e48a0
 def grid(

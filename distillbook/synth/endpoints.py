@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from fastcore.basics import patch
 from ..lab.exercises import Exercise
 
-# %% ../../nbs/1_synth/15_endpoints.ipynb #46f63632
+# %% ../../nbs/1_synth/15_endpoints.ipynb #85e499b3
 def _extra(package):
     "A package that only this chapter needs, or an ImportError that says where it comes from."
     try: return importlib.import_module(package)
@@ -34,21 +34,22 @@ def check_writable(
 
 def add_architecture(
     writer,    # gguf.GGUFWriter
-    config,    # a Qwen3Config
+    config,    # of a Qwen3, Qwen2 or Llama
 ):
-    "The sizes and constants from which llama.cpp builds a Qwen3."
+    "The sizes and constants from which llama.cpp builds the layers."
+    head_size = getattr(config, "head_dim", None) or config.hidden_size//config.num_attention_heads
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
+    writer.add_key_length(head_size)
+    writer.add_value_length(head_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
 
-# %% ../../nbs/1_synth/15_endpoints.ipynb #e444e29f
+# %% ../../nbs/1_synth/15_endpoints.ipynb #4377c468
 def plain_template(
     template: str,    # a Jinja chat template
 ) -> str:             # writes the same text
@@ -60,23 +61,31 @@ def _split_pattern(part):
     parts = part["pretokenizers"] if part and part["type"] == "Sequence" else [part] if part else []
     return [p["pattern"].get("Regex") for p in parts if p["type"] == "Split"], any(p["type"] == "ByteLevel" for p in parts)
 
+def _cutting_rule(parts):
+    "llama.cpp's name of the rule by which a tokenizer cuts text into words. Raises ValueError where it has none."
+    from distillbook.lab.models import WORD_PATTERN
+    patterns, in_bytes = _split_pattern(parts["pre_tokenizer"])
+    cuts_again = '"use_regex": true' in json.dumps(parts["pre_tokenizer"])          # GPT-2's own pattern, inside the step that turns text into bytes
+    rules = {(WORD_PATTERN,): "qwen2", (WORD_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|"),): "llama-bpe", (): "gpt-2"}
+    if parts["model"]["type"] != "BPE" or not in_bytes or tuple(patterns) not in rules or cuts_again == bool(patterns):
+        raise ValueError("the tokenizer is not a byte-level BPE that cuts text as Qwen, GPT-2 or Llama 3 do: llama.cpp would read other tokens")
+    return rules[tuple(patterns)]
+
 def add_tokenizer(
     writer,       # gguf.GGUFWriter
-    tokenizer,    # byte-level BPE that cuts text as Qwen does
+    tokenizer,    # byte-level BPE that cuts text as Qwen, GPT-2 or Llama 3 do
     size: int,    # rows of the embedding; what the tokenizer does not use is marked unused
 ):
     "Tokens, their types, merges, the rule that cuts text into words, the end of a reply, and the chat template."
-    from distillbook.lab.models import WORD_PATTERN
     types, parts, vocabulary = _extra("gguf").TokenType, json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.get_vocab()
-    if parts["model"]["type"] != "BPE" or _split_pattern(parts["pre_tokenizer"]) != ([WORD_PATTERN], True):
-        raise ValueError("the tokenizer is not a byte-level BPE that cuts text as Qwen's does: llama.cpp would read other tokens")
+    rule = _cutting_rule(parts)
     tokens, kinds = [f"[PAD{i}]" for i in range(size)], [types.UNUSED]*size
     for token, index in vocabulary.items(): tokens[index], kinds[index] = token, types.NORMAL
     for added in parts["added_tokens"]: kinds[added["id"]] = types.CONTROL if added["special"] else types.USER_DEFINED
-    writer.add_tokenizer_model("gpt2"); writer.add_tokenizer_pre("qwen2")
+    writer.add_tokenizer_model("gpt2"); writer.add_tokenizer_pre(rule)
     writer.add_token_list(tokens); writer.add_token_types(kinds)
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in parts["model"]["merges"]])
-    writer.add_eos_token_id(vocabulary.get("<|end|>", tokenizer.eos_token_id)); writer.add_add_bos_token(False)
+    writer.add_eos_token_id(vocabulary.get("<|end|>", tokenizer.eos_token_id)); writer.add_add_bos_token(tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id)
     for add, index in ((writer.add_bos_token_id, tokenizer.bos_token_id), (writer.add_pad_token_id, tokenizer.pad_token_id)):
         if index is not None: add(index)
     if tokenizer.chat_template: writer.add_chat_template(plain_template(tokenizer.chat_template))
