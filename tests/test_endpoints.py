@@ -127,7 +127,7 @@ def test_a_tokenizer_that_cuts_otherwise_is_refused(tmp_path):
     other.pre_tokenizer = pre_tokenizers.ByteLevel(use_regex=False)
     other = PreTrainedTokenizerFast(tokenizer_object=other, eos_token="a", pad_token="a", bos_token="a")
     model = tiny_qwen3(other, hidden_size=64, layers=1)
-    with pytest.raises(ValueError, match="cut text as Qwen"): write_gguf(saved(tmp_path/"m", model, other), tmp_path/"x.gguf")
+    with pytest.raises(ValueError, match="cuts text as Qwen"): write_gguf(saved(tmp_path/"m", model, other), tmp_path/"x.gguf")
     assert [f.name for f in tmp_path.iterdir()] == ["m"]      # neither the file nor half of it
 
 def test_weights_that_f16_cannot_hold(tmp_path, small):

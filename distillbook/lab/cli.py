@@ -269,7 +269,7 @@ def merge_command(
         except KeyboardInterrupt: complain("stopped; nothing was written"); raise typer.Exit(130) from None
     print(out, flush=True)
 
-# %% ../../nbs/0_lab/07_cli.ipynb #49caf238
+# %% ../../nbs/0_lab/07_cli.ipynb #089d4586
 @app.command("serve", epilog="Examples:  distillbook serve teacher student   |   DISTILLBOOK_API_KEY=... distillbook serve FOLDER --host 0.0.0.0 --port 9000")
 def serve_command(
     models: Annotated[list[str], typer.Argument(help="Shipped models (teacher, student, actor), folders, or hub names.")],
@@ -282,7 +282,6 @@ def serve_command(
     with _usage():
         try: importlib.import_module("distillbook.ship.serve").serve(models, host, port, api_key or None, batch, told=lambda line: print(line, flush=True))
         except KeyboardInterrupt: complain("ended")
-        except OSError as error: complain(error.strerror or str(error)); raise typer.Exit(1) from None
 
 # %% ../../nbs/0_lab/07_cli.ipynb #657e48a0
 def grid(

@@ -82,14 +82,12 @@ def symmetric_rulers(
         best, scale = torch.where(better, gain, best), torch.where(better, wcx/wcc.clamp(min=1e-20), scale)
     return torch.where(largest == 0, 0., scale)
 
-# %% ../../nbs/5_ship/53_gguf.ipynb #6b519ae1
+# %% ../../nbs/5_ship/53_gguf.ipynb #2357fa1a
 def _super_block(weight, importance, groups):
     "Values [blocks, groups, size], and the weights of their errors."
     values = _blocks(weight, 256).view(-1, groups, 256//groups)
     if importance is None: return values, (values.square().mean(-1, keepdim=True).sqrt() + values.abs() if groups == 8 else values.square())
-    spread = 2*values.square().mean((1, 2), keepdim=True)
-    each = importance.float().expand(len(weight), -1).reshape(values.shape)
-    return values, each*(spread + values.square()).sqrt()
+    return values, importance.float().expand(len(weight), -1).reshape(values.shape)
 
 def _six_bits(values, weights):
     "Numbers from 0 on in units of one 16-bit number a block, six bits each: the unit and the codes with the least weighted error among some."
@@ -106,7 +104,8 @@ def _six_bits(values, weights):
 def _scaled_rulers(values, weights, most, *tries):
     "Rulers of the groups, rounded to six bits in units of the block's two numbers; and the codes that fit them."
     scale, offset = affine_rulers(values, weights, most, *tries)
-    units, six = zip(*(_six_bits(x.squeeze(-1), weights.sum(-1)) for x in (scale, -offset)))
+    steps = ((values - offset)/scale.clamp(min=1e-20)).round().clamp(0, most)
+    units, six = zip(_six_bits(scale.squeeze(-1), (weights*steps*steps).sum(-1)), _six_bits(-offset.squeeze(-1), weights.sum(-1)))      # a wrong scale harms as often as it is counted
     s, o = (u[:, None].float()*c for u, c in zip(units, six))
     codes = torch.where(s[..., None] > 0, ((values + o[..., None])/torch.where(s > 0, s, 1.)[..., None]).round(), 0.).clamp(0, most)
     return units, [c.to(torch.uint8) for c in six], codes.to(torch.uint8)
@@ -249,7 +248,7 @@ def _runtime_names(config):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[config.model_type.upper()], config.num_hidden_layers)
     return lambda key: names.get_name(key, try_suffixes=(".weight", ".bias"))
 
-# %% ../../nbs/5_ship/53_gguf.ipynb #7c5a3cc8
+# %% ../../nbs/5_ship/53_gguf.ipynb #d6f42bbb
 def write_quantized_gguf(
     name: str | Path | nn.Module,          # a name, a folder, or the model itself
     path: str | Path,
@@ -279,6 +278,7 @@ def write_quantized_gguf(
         finish_gguf(writer)
     return types
 
+# %% ../../nbs/5_ship/53_gguf.ipynb #9956fb75
 @torch.no_grad()
 def importance_of(
     network: nn.Module,

@@ -53,7 +53,7 @@ def gptq(
         rows[:, begin + block:] -= errors @ answers[begin:begin + block, begin + block:]
     return Quantized(codes.T.reshape(plain.codes.shape), scale, zero, bits, plain.shape)
 
-# %% ../../nbs/5_ship/51_gptq.ipynb #721c5e89
+# %% ../../nbs/5_ship/51_gptq.ipynb #57429ac5
 class _Caught(Exception): pass
 
 @torch.no_grad()
@@ -75,6 +75,12 @@ def first_inputs(
     finally: hook.remove()
     return states, shared
 
+def _single(x):
+    "Tensors of numbers in float32, whatever they lie in."
+    if isinstance(x, Tensor): return x.float() if x.is_floating_point() else x
+    if isinstance(x, dict): return {k: _single(v) for k, v in x.items()}
+    return type(x)(map(_single, x)) if isinstance(x, (list, tuple)) else x
+
 def decoder_layers(
     network: nn.Module,
 ) -> nn.ModuleList:
@@ -84,7 +90,7 @@ def decoder_layers(
         except AttributeError: continue
     raise ValueError(f"{type(network).__name__} has neither model.layers nor transformer.h: its layers are not known here")
 
-# %% ../../nbs/5_ship/51_gptq.ipynb #6eb1e6af
+# %% ../../nbs/5_ship/51_gptq.ipynb #a94718fb
 @torch.no_grad()
 def calibrated(
     network: nn.Module,            # changed in place
@@ -95,9 +101,10 @@ def calibrated(
     "Send text through a model a layer at a time; each layer is treated, and what it hands on afterwards is what the next one sees."
     if len({len(row) for row in rows}) != 1: raise ValueError("the rows of calibration text must be of one length: cut them")
     layers = decoder_layers(network)
-    states, shared = first_inputs(network, rows, layers)
+    states, shared = _single(first_inputs(network, rows, layers))
     for layer in tqdm(layers, desc="layers", disable=not progress):
-        hessians = {}
+        hessians, kind = {}, next(layer.parameters()).dtype
+        layer.float()                                       # one layer at a time computes in float32, whatever the model is kept in
         def watch(name):
             def seen(module, args):
                 x = args[0].reshape(-1, args[0].shape[-1]).float()
@@ -110,8 +117,10 @@ def calibrated(
         for i, state in enumerate(states):
             out = layer(state, **shared)
             states[i] = out[0] if isinstance(out, tuple) else out
+        layer.to(kind)
     return network
 
+# %% ../../nbs/5_ship/51_gptq.ipynb #6ed671b9
 def gptq_model(
     network: nn.Module,            # changed in place
     rows: list[list[int]],         # calibration text, token ids, all of one length

@@ -34,7 +34,7 @@ class Quantized:
         "Bits of codes, scales and zero points."
         return self.codes.numel()*self.bits + self.scale.numel()*scale_bits + (0 if self.zero is None else self.zero.numel()*self.bits)
 
-# %% ../../nbs/5_ship/50_precision.ipynb #9b2e5e18
+# %% ../../nbs/5_ship/50_precision.ipynb #29da3048
 def ruler(
     values: Tensor,              # [..., group]
     bits: int,
@@ -64,11 +64,12 @@ def quantize(
     group_size: int | str = "channel",    # neighbours in a row that share a scale, or "channel", or "tensor"
     symmetric: bool = True,      # zero in the middle; False: from the smallest to the largest
 ) -> Quantized:
-    "Round to the nearest of 2**bits marks (Jacob et al. 2018, section 2.1). Raises ValueError for groups that do not fit."
+    "Round to the nearest of 2**bits marks (Jacob et al. 2018, section 2.1). Raises ValueError for groups that do not fit and for weights that are not finite."
     if not 2 <= bits <= 8: raise ValueError(f"bits must be 2 to 8, not {bits}")
     rows = weight.detach().float().reshape(len(weight), -1)
     if group_size not in ("tensor", "channel") and (not isinstance(group_size, int) or rows.shape[1] % group_size):
         raise ValueError(f"groups of {group_size} do not fill rows of {rows.shape[1]} weights: take a divisor of it, 'channel' or 'tensor'")
+    if not torch.isfinite(rows).all(): raise ValueError("the weights are not finite: the model is broken")
     grouped = rows.reshape(len(rows), -1, group_size if isinstance(group_size, int) else rows.shape[1])
     scale, zero = ruler(grouped, bits, symmetric, (0, 1, 2) if group_size == "tensor" else (2,))
     return Quantized(to_codes(grouped, scale, zero, bits), scale, zero, bits, tuple(weight.shape))

@@ -1,0 +1,145 @@
+"""GPTQ and AWQ beside llm-compressor and GPTQModel: the same model, calibration text and groups; what is lost and how long it takes. The others want environments of their own:
+
+    python -m venv /one && /one/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
+    python -m venv /two && /two/bin/pip install torch==2.13.0 && /two/bin/pip install --no-build-isolation gptqmodel==7.7.0
+    python tests/bench/quantizers.py --llmcompressor /one/bin/python [--gptqmodel /two/bin/python] [--large]
+
+Writes its table to data/measured/quantizers.json, where chapters 51 and 52 read it. About fifteen minutes; --large also quantizes a model of 1.1 billion random weights and notes the memory that it took.
+"""
+import argparse, json, os, platform, random, resource, subprocess, sys, tempfile, time
+from pathlib import Path
+import torch
+
+def text_rows(tokenizer, split, count, length, seed):
+    from distillbook.lab.corpora import load_corpus
+    texts, ids = list(load_corpus("docstrings", split)["text"]), []
+    random.Random(seed).shuffle(texts)
+    for text in texts:
+        ids += tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+        if len(ids) > count*length: break
+    return [ids[i*length:(i + 1)*length] for i in range(count)]
+
+NATS = '''
+@torch.no_grad()
+def nats(model, rows):
+    total = count = 0
+    for row in rows:
+        ids = torch.tensor([row])
+        beliefs = model(input_ids=ids).logits[0, :-1].float().log_softmax(-1)
+        total -= beliefs.gather(-1, ids[0, 1:, None]).sum().item(); count += len(row) - 1
+    return total/count
+'''
+exec(NATS)
+
+OTHERS = {"llm-compressor": '''
+import json, sys, time, torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+torch.set_num_threads(2)
+job = json.load(open(sys.argv[1]))
+data = Dataset.from_list([dict(input_ids=row, attention_mask=[1]*len(row)) for row in job["calibration"]])
+scheme = lambda: dict(config_groups=dict(group_0=QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=job["bits"], type="int", symmetric=True, strategy="group", group_size=job["group_size"]))), ignore=["lm_head"])
+found = {}
+for how in ("rounding", "GPTQ", "AWQ"):
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+    recipe = dict(rounding=lambda: [QuantizationModifier(**scheme())], GPTQ=lambda: [GPTQModifier(**scheme(), dampening_frac=0.01)], AWQ=lambda: [AWQModifier(), QuantizationModifier(**scheme())])[how]()
+    begun = time.perf_counter()
+    oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=len(job["calibration"][0]), num_calibration_samples=len(data), tokenizer=AutoTokenizer.from_pretrained(job["model"]))
+    found[how] = dict(seconds=time.perf_counter() - begun, nats=nats(model.eval(), job["held_out"]))
+json.dump(found, open(sys.argv[2], "w"))
+''', "GPTQModel": '''
+import json, sys, time, torch, tempfile
+from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+torch.set_num_threads(2)
+job = json.load(open(sys.argv[1]))
+model = GPTQModel.load(job["model"], QuantizeConfig(bits=job["bits"], group_size=job["group_size"], desc_act=False, sym=True, damp_percent=0.01, device="cpu"), dtype=torch.float32)
+begun = time.perf_counter()
+model.quantize([dict(input_ids=torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long)) for row in job["calibration"]], batch_size=1)
+seconds = time.perf_counter() - begun
+with tempfile.TemporaryDirectory() as place:
+    model.save(place)
+    loaded = GPTQModel.load(place, device="cpu", backend=BACKEND.TORCH)
+    json.dump(dict(GPTQ=dict(seconds=seconds, nats=nats(loaded.model.float().eval(), job["held_out"]))), open(sys.argv[2], "w"))
+'''}
+
+def ours(job):
+    "What the book's own functions lose on the same job, and their seconds."
+    from distillbook.lab.models import load_model
+    from distillbook.ship.awq import awq_model
+    from distillbook.ship.gptq import gptq_model
+    from distillbook.ship.precision import quantize, rounded_model
+    bits, group, rows, found = job["bits"], job["group_size"], job["calibration"], {}
+    ways = dict(rounding=lambda m: rounded_model(m, lambda w: quantize(w, bits, group)), GPTQ=lambda m: gptq_model(m, rows, bits, False, group_size=group), AWQ=lambda m: awq_model(m, rows, bits, group, progress=False))
+    for how, way in ways.items():
+        model, begun = load_model(job["model"]), time.perf_counter()
+        way(model)
+        found[how] = dict(seconds=time.perf_counter() - begun, nats=nats(model, job["held_out"]))
+    return found
+
+def compare(pythons, seeds):
+    "Every tool on the same jobs: the teacher, five samples of calibration text."
+    from distillbook.lab.models import load_model, load_tokenizer
+    tokenizer, rows = load_tokenizer("teacher"), []
+    with tempfile.TemporaryDirectory() as work:
+        work = Path(work)
+        load_model("teacher").save_pretrained(work/"model"); tokenizer.save_pretrained(work/"model")
+        held_out = text_rows(tokenizer, "test", 48, 256, 0)
+        original = nats(load_model("teacher"), held_out)
+        for seed in range(seeds):
+            job = dict(model=str(work/"model"), bits=4, group_size=128, calibration=text_rows(tokenizer, "train", 64, 256, seed), held_out=held_out)
+            (work/"job.json").write_text(json.dumps(job))
+            tools = {"distillbook": ours(job)}
+            for name, python in pythons.items():
+                (work/"theirs.py").write_text("import torch\n" + NATS + OTHERS[name])
+                subprocess.run([python, str(work/"theirs.py"), str(work/"job.json"), str(work/"out.json")], check=True, cwd=work, env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}, stdout=subprocess.DEVNULL)
+                tools[name] = json.loads((work/"out.json").read_text())
+            for tool, ways in tools.items():
+                for how, told in ways.items(): rows.append(dict(seed=seed, tool=tool, how=how, original=original, **told)); print(rows[-1], flush=True)
+    return rows
+
+LARGE = '''
+import json, sys, time, torch, threading
+from transformers import AutoConfig, AutoModelForCausalLM
+from distillbook.ship.gptq import gptq_model
+torch.set_num_threads(2)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
+peak, going = [0.], [True]
+def resident(): return next(int(line.split()[1])/1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+def watch():
+    while going[0]: peak[0] = max(peak[0], resident()); time.sleep(.05)
+threading.Thread(target=watch, daemon=True).start()
+rows = torch.randint(model.config.vocab_size, (8, 128), generator=torch.Generator().manual_seed(0)).tolist()
+begun = time.perf_counter()
+gptq_model(model, rows, 4, False, group_size=128)
+going[0] = False
+print(json.dumps(dict(parameters=model.num_parameters(), seconds=time.perf_counter() - begun, megabytes=peak[0], layers=model.config.num_hidden_layers)))
+'''
+def large():
+    "A model of 1.1 billion random weights, in a process of its own."
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    with tempfile.TemporaryDirectory() as work:
+        config = Qwen3Config(vocab_size=32_000, hidden_size=2048, intermediate_size=6144, num_hidden_layers=22, num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=2048)
+        torch.set_default_dtype(torch.bfloat16)
+        Qwen3ForCausalLM(config).save_pretrained(work)
+        torch.set_default_dtype(torch.float32)
+        done = subprocess.run([sys.executable, "-c", LARGE, work], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+if __name__ == "__main__":
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    asked.add_argument("--llmcompressor"); asked.add_argument("--gptqmodel"); asked.add_argument("--large", action="store_true"); asked.add_argument("--seeds", type=int, default=5)
+    asked = asked.parse_args()
+    from distillbook.lab.settings import project_root
+    out = project_root()/"data"/"measured"/"quantizers.json"
+    kept = json.loads(out.read_text()) if out.exists() else {}
+    pythons = {name: path for name, path in (("llm-compressor", asked.llmcompressor), ("GPTQModel", asked.gptqmodel)) if path}
+    if pythons: kept["rows"] = [r for r in kept.get("rows", []) if r["tool"] not in (*pythons, "distillbook")] + compare(pythons, asked.seeds)
+    if asked.large: kept["large"] = large()
+    kept |= dict(machine=f"{platform.machine()}, {os.cpu_count()} cores", torch=torch.__version__.split("+")[0], settings="teacher, 4 bits, groups of 128, symmetric, 64 rows of 256 tokens of docstrings; held out: 48 rows")
+    out.write_text(json.dumps(kept, indent=1) + "\n")
+    print(json.dumps(kept, indent=1))
