@@ -1,5 +1,5 @@
 "What the tests share: the command line in a process of its own, notebooks run once at smoke, and inputs that may be absent."
-import json, os, subprocess, sys, threading, time
+import json, os, subprocess, sys, tempfile, threading, time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 import psutil, pytest
@@ -65,18 +65,36 @@ class Solver:
             self.process.stdin.close()
             self.process.wait()
 
+class WarmKernels:
+    "A process that forks kernels which have imported already; started when the first one is needed."
+    def __init__(self, folder, variables): self.folder, self.given, self.process, self.lock = folder, variables, None, threading.Lock()
+    def variables(self):
+        with self.lock:
+            if self.process is None:
+                spec = dict(argv=[sys.executable, str(ROOT/"tests"/"warm.py"), "kernel", "{connection_file}"], display_name="python3", language="python")
+                (self.folder/"kernels"/"python3").mkdir(parents=True)
+                (self.folder/"kernels"/"python3"/"kernel.json").write_text(json.dumps(spec))
+                place = Path(tempfile.mkdtemp())/"kernels"          # a socket's path must be short
+                self.process = subprocess.Popen([sys.executable, str(ROOT/"tests"/"warm.py"), "serve", str(place)], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment(**self.given))
+                assert self.process.stdout.readline() == "ready\n", "the process that forks kernels has ended"
+                self.given = {**self.given, "JUPYTER_PATH": str(self.folder), "DISTILLBOOK_WARM": str(place)}
+            return self.given
+    def close(self):
+        if self.process:
+            self.process.kill(); self.process.wait()
+
 class SmokeRuns:
     "Every notebook at smoke, each once, one after the other beside the tests; a test that needs one which has not begun runs it itself."
     def __init__(self, folder, cache):
         self.folder, self.variables, self.pool, self.started = folder, {"DISTILLBOOK_CACHE": cache, BESIDE: 1}, ThreadPoolExecutor(1), {}
-        self.solver = Solver(self.variables)
+        self.solver, self.kernels = Solver(self.variables), WarmKernels(folder/"jupyter", self.variables)
     def _place(self, path): return self.folder/path.parent.name/path.stem
     def _one(self, path, out):
         start = time.time()
         if path in SOLUTIONS:
             out.mkdir(parents=True)
             done = self.solver(path, out/"log.txt")
-        else: done = book("run", path, "--profile", "smoke", "--out", out, **self.variables)
+        else: done = book("run", path, "--profile", "smoke", "--out", out, **self.kernels.variables())
         return dict(done=done, folder=out, seconds=time.time() - start, notebook=out/path.name)
     def start(self, paths):
         for path in paths:
@@ -93,7 +111,7 @@ def smoke(tmp_path_factory, cache):
     runs = SmokeRuns(tmp_path_factory.mktemp("smoke"), cache)
     yield runs
     runs.pool.shutdown(cancel_futures=True)
-    runs.solver.close()
+    runs.solver.close(); runs.kernels.close()
 
 @pytest.fixture(scope="session", autouse=True)
 def notebooks_beside_the_tests(request):

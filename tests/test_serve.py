@@ -4,7 +4,7 @@ import psutil, pytest, torch
 from hypothesis import given, settings, strategies as st
 from conftest import ROOT, children, environment
 from distillbook.lab.models import encode_prompts, generate, load_model, load_tokenizer
-from distillbook.ship.serve import Engine, Job, break_even_tokens, chat_page, cost_per_million, endpoint, load_test, make_app, read_chat_request, serve
+from distillbook.ship.serve import Engine, Job, break_even_tokens, chat_page, cost_per_million, endpoint, needed_speed, load_test, make_app, read_chat_request, serve
 
 HELLO = dict(messages=[dict(role="user", content="How do I copy a royal seal?")], max_tokens=12)
 
@@ -160,6 +160,8 @@ def test_many_clients_leave_nothing_behind(engine):
 def test_costs():
     assert cost_per_million(1000., 3.6) == pytest.approx(1.) and cost_per_million(1000., 3.6, busy=.1) == pytest.approx(10.) and cost_per_million(1000., 0., 1000., 3.6) == pytest.approx(1.)
     assert break_even_tokens(.1, 2.4) == pytest.approx(1e6)
+    assert needed_speed(1., 3.6) == pytest.approx(1000.) and cost_per_million(needed_speed(.2, 2., .5), 2., busy=.5) == pytest.approx(.2)
+    with pytest.raises(ValueError, match="above 0"): needed_speed(0., 1.)
     for wrong in ((0., 1.), (1., 1., 0., 0., 0.), (1., 1., 0., 0., 2.)):
         with pytest.raises(ValueError): cost_per_million(*wrong)
 
@@ -227,3 +229,6 @@ def test_the_page_says_that_a_key_is_missing(browser, engine):
         page.wait_for_function("document.querySelector('#state').textContent.includes('key')")
         page.fill("#key", "k"); page.click("#again"); page.wait_for_selector("section[data-model=student]")
         page.close()
+
+def test_a_model_without_its_tokenizer_is_refused(shipped_models):
+    with pytest.raises(ValueError, match="needs its tokenizer"): Engine(load_model("student"))

@@ -1,10 +1,10 @@
 """GPTQ and AWQ beside llm-compressor and GPTQModel: the same model, calibration text and groups; what is lost and how long it takes. The others want environments of their own:
 
     python -m venv /one && /one/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
-    python -m venv /two && /two/bin/pip install torch==2.13.0 && /two/bin/pip install --no-build-isolation gptqmodel==7.7.0
+    python -m venv /two && /two/bin/pip install torch==2.13.0 && /two/bin/pip install --no-build-isolation gptqmodel==7.3.6 requests
     python tests/bench/quantizers.py --llmcompressor /one/bin/python [--gptqmodel /two/bin/python] [--large]
 
-Writes its table to data/measured/quantizers.json, where chapters 51 and 52 read it. About fifteen minutes; --large also quantizes a model of 1.1 billion random weights and notes the memory that it took.
+Writes its table to data/measured/quantizers.json, where chapters 51 and 52 read it. About fifteen minutes; --large also quantizes a model of a billion random weights and notes the memory that it took.
 """
 import argparse, json, os, platform, random, resource, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -41,6 +41,8 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 torch.set_num_threads(2)
+from llmcompressor.pipelines.cache import IntermediatesCache
+IntermediatesCache.pin_memory = lambda *given: None         # 0.14.0.1 pins memory for a device that is not there, and stops
 job = json.load(open(sys.argv[1]))
 data = Dataset.from_list([dict(input_ids=row, attention_mask=[1]*len(row)) for row in job["calibration"]])
 scheme = lambda: dict(config_groups=dict(group_0=QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(num_bits=job["bits"], type="int", symmetric=True, strategy="group", group_size=job["group_size"]))), ignore=["lm_head"])
@@ -54,6 +56,10 @@ for how in ("rounding", "GPTQ", "AWQ"):
 json.dump(found, open(sys.argv[2], "w"))
 ''', "GPTQModel": '''
 import json, sys, time, torch, tempfile
+from importlib.machinery import ModuleSpec
+from unittest import mock
+from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer          # before the stand-in below: they look for the real one
+for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"): sys.modules[name] = mock.MagicMock(__spec__=ModuleSpec(name, None))      # only its image models use it
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 torch.set_num_threads(2)
 job = json.load(open(sys.argv[1]))
@@ -91,7 +97,7 @@ def compare(pythons, seeds):
         held_out = text_rows(tokenizer, "test", 48, 256, 0)
         original = nats(load_model("teacher"), held_out)
         for seed in range(seeds):
-            job = dict(model=str(work/"model"), bits=4, group_size=128, calibration=text_rows(tokenizer, "train", 64, 256, seed), held_out=held_out)
+            job = dict(model=str(work/"model"), bits=4, group_size=128, calibration=text_rows(tokenizer, "train", 32, 256, seed), held_out=held_out)
             (work/"job.json").write_text(json.dumps(job))
             tools = {"distillbook": ours(job)}
             for name, python in pythons.items():
@@ -120,10 +126,10 @@ going[0] = False
 print(json.dumps(dict(parameters=model.num_parameters(), seconds=time.perf_counter() - begun, megabytes=peak[0], layers=model.config.num_hidden_layers)))
 '''
 def large():
-    "A model of 1.1 billion random weights, in a process of its own."
+    "A model of a billion random weights, in a process of its own."
     from transformers import Qwen3Config, Qwen3ForCausalLM
     with tempfile.TemporaryDirectory() as work:
-        config = Qwen3Config(vocab_size=32_000, hidden_size=2048, intermediate_size=6144, num_hidden_layers=22, num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=2048)
+        config = Qwen3Config(vocab_size=151_936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=14, num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, max_position_embeddings=2048)
         torch.set_default_dtype(torch.bfloat16)
         Qwen3ForCausalLM(config).save_pretrained(work)
         torch.set_default_dtype(torch.float32)
@@ -140,6 +146,6 @@ if __name__ == "__main__":
     pythons = {name: path for name, path in (("llm-compressor", asked.llmcompressor), ("GPTQModel", asked.gptqmodel)) if path}
     if pythons: kept["rows"] = [r for r in kept.get("rows", []) if r["tool"] not in (*pythons, "distillbook")] + compare(pythons, asked.seeds)
     if asked.large: kept["large"] = large()
-    kept |= dict(machine=f"{platform.machine()}, {os.cpu_count()} cores", torch=torch.__version__.split("+")[0], settings="teacher, 4 bits, groups of 128, symmetric, 64 rows of 256 tokens of docstrings; held out: 48 rows")
+    kept |= dict(machine=f"{platform.machine()}, {os.cpu_count()} cores", torch=torch.__version__.split("+")[0], settings="teacher, 4 bits, groups of 128, symmetric, 32 rows of 256 tokens of docstrings; held out: 48 rows")
     out.write_text(json.dumps(kept, indent=1) + "\n")
     print(json.dumps(kept, indent=1))
