@@ -1489,6 +1489,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'distillbook.ship.serve.endpoint': ('5_ship/serve.html#endpoint', 'distillbook/ship/serve.py'),
                                         'distillbook.ship.serve.load_test': ('5_ship/serve.html#load_test', 'distillbook/ship/serve.py'),
                                         'distillbook.ship.serve.make_app': ('5_ship/serve.html#make_app', 'distillbook/ship/serve.py'),
+                                        'distillbook.ship.serve.needed_speed': ( '5_ship/serve.html#needed_speed',
+                                                                                 'distillbook/ship/serve.py'),
                                         'distillbook.ship.serve.read_body': ('5_ship/serve.html#read_body', 'distillbook/ship/serve.py'),
                                         'distillbook.ship.serve.read_chat_request': ( '5_ship/serve.html#read_chat_request',
                                                                                       'distillbook/ship/serve.py'),

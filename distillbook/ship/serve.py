@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['NOT_HERE', 'check_dollars', 'check_percentile', 'Job', 'Engine', 'read_body', 'read_chat_request', 'make_app',
-           'endpoint', 'chat_page', 'serve', 'load_test', 'cost_per_million', 'break_even_tokens']
+           'endpoint', 'chat_page', 'serve', 'load_test', 'cost_per_million', 'needed_speed', 'break_even_tokens']
 
-# %% ../../nbs/5_ship/55_serve.ipynb #082d6fd3
+# %% ../../nbs/5_ship/55_serve.ipynb #5dacbeda
 import asyncio, contextlib, hmac, json, queue, statistics, threading, time
 from dataclasses import dataclass, field
+from pathlib import Path
 import torch
 from fastcore.basics import patch
 from ..lab.exercises import Exercise
 from ..lab.models import encode_prompts, left_pad, load_model, load_tokenizer, stop_tokens
 from ..synth.endpoints import _extra
 
-# %% ../../nbs/5_ship/55_serve.ipynb #4869692d
+# %% ../../nbs/5_ship/55_serve.ipynb #1779ad5c
 @dataclass
 class Job:
     "One reply that is being written."
@@ -36,8 +37,9 @@ class Engine:
         batch_size: int = 16,
         most_waiting: int = 256,         # more are refused
     ):
-        self.model = load_model(model) if isinstance(model, str) else model
-        self.tokenizer = tokenizer or load_tokenizer(model)
+        named = isinstance(model, (str, Path))
+        if not named and tokenizer is None: raise ValueError("a model that is given itself needs its tokenizer")
+        self.model, self.tokenizer = load_model(model) if named else model, tokenizer or load_tokenizer(model)
         self.stops, self.batch_size = set(stop_tokens(self.tokenizer, self.model)), batch_size
         self.context = getattr(self.model.config, "max_position_embeddings", None) or 1_000_000
         self.waiting, self.running = queue.Queue(most_waiting), True
@@ -299,7 +301,7 @@ def load_test(
     thread = threading.Thread(target=lambda: box.append(asyncio.run(everybody()))); thread.start(); thread.join()      # a notebook has a loop of its own
     return box[0]
 
-# %% ../../nbs/5_ship/55_serve.ipynb #3ab1a033
+# %% ../../nbs/5_ship/55_serve.ipynb #0f292ca9
 def cost_per_million(
     tokens_a_second: float,      # at the load that is planned
     machine_hour: float,         # dollars an hour
@@ -311,6 +313,15 @@ def cost_per_million(
     if tokens_a_second <= 0 or not 0 < busy <= 1: raise ValueError(f"tokens a second must be above 0 and busy in (0, 1], not {tokens_a_second} and {busy}")
     hours = 1e6/tokens_a_second/3600
     return hours*(machine_hour/busy + watts/1000*kwh_price)
+
+def needed_speed(
+    dollars: float,              # a million tokens
+    machine_hour: float,
+    busy: float = 1.,
+) -> float:                      # tokens a second, all clients together
+    "How fast a machine must be for a million tokens to cost so much."
+    if dollars <= 0 or not 0 < busy <= 1: raise ValueError(f"dollars must be above 0 and busy in (0, 1], not {dollars} and {busy}")
+    return 1e6/3600*machine_hour/busy/dollars
 
 def break_even_tokens(
     machine_hour: float,

@@ -1,12 +1,11 @@
-"""GPTQ and AWQ beside llm-compressor and GPTQModel: the same model, calibration text and groups; what is lost and how long it takes. The others want environments of their own:
+"""GPTQ and AWQ beside llm-compressor: the same model, calibration text and groups; what is lost and how long it takes. llm-compressor sorts columns by the size of their inputs unless told otherwise, so its GPTQ stands beside ours that sorts. It wants an environment of its own:
 
     python -m venv /one && /one/bin/pip install torch==2.13.0 llmcompressor==0.14.0.1
-    python -m venv /two && /two/bin/pip install torch==2.13.0 && /two/bin/pip install --no-build-isolation gptqmodel==7.3.6 requests
-    python tests/bench/quantizers.py --llmcompressor /one/bin/python [--gptqmodel /two/bin/python] [--large]
+    python tests/bench/quantizers.py --llmcompressor /one/bin/python [--large]
 
 Writes its table to data/measured/quantizers.json, where chapters 51 and 52 read it. About fifteen minutes; --large also quantizes a model of a billion random weights and notes the memory that it took.
 """
-import argparse, json, os, platform, random, resource, subprocess, sys, tempfile, time
+import argparse, json, os, platform, random, subprocess, sys, tempfile, time
 from pathlib import Path
 import torch
 
@@ -54,23 +53,6 @@ for how in ("rounding", "GPTQ", "AWQ"):
     oneshot(model=model, dataset=data, recipe=recipe, max_seq_length=len(job["calibration"][0]), num_calibration_samples=len(data), tokenizer=AutoTokenizer.from_pretrained(job["model"]))
     found[how] = dict(seconds=time.perf_counter() - begun, nats=nats(model.eval(), job["held_out"]))
 json.dump(found, open(sys.argv[2], "w"))
-''', "GPTQModel": '''
-import json, sys, time, torch, tempfile
-from importlib.machinery import ModuleSpec
-from unittest import mock
-from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer          # before the stand-in below: they look for the real one
-for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"): sys.modules[name] = mock.MagicMock(__spec__=ModuleSpec(name, None))      # only its image models use it
-from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-torch.set_num_threads(2)
-job = json.load(open(sys.argv[1]))
-model = GPTQModel.load(job["model"], QuantizeConfig(bits=job["bits"], group_size=job["group_size"], desc_act=False, sym=True, damp_percent=0.01, device="cpu"), dtype=torch.float32)
-begun = time.perf_counter()
-model.quantize([dict(input_ids=torch.tensor([row]), attention_mask=torch.ones(1, len(row), dtype=torch.long)) for row in job["calibration"]], batch_size=1)
-seconds = time.perf_counter() - begun
-with tempfile.TemporaryDirectory() as place:
-    model.save(place)
-    loaded = GPTQModel.load(place, device="cpu", backend=BACKEND.TORCH)
-    json.dump(dict(GPTQ=dict(seconds=seconds, nats=nats(loaded.model.float().eval(), job["held_out"]))), open(sys.argv[2], "w"))
 '''}
 
 def ours(job):
@@ -80,7 +62,7 @@ def ours(job):
     from distillbook.ship.gptq import gptq_model
     from distillbook.ship.precision import quantize, rounded_model
     bits, group, rows, found = job["bits"], job["group_size"], job["calibration"], {}
-    ways = dict(rounding=lambda m: rounded_model(m, lambda w: quantize(w, bits, group)), GPTQ=lambda m: gptq_model(m, rows, bits, False, group_size=group), AWQ=lambda m: awq_model(m, rows, bits, group, progress=False))
+    ways = dict(rounding=lambda m: rounded_model(m, lambda w: quantize(w, bits, group)), GPTQ=lambda m: gptq_model(m, rows, bits, False, group_size=group), **{"GPTQ, sorted": lambda m: gptq_model(m, rows, bits, False, group_size=group, act_order=True)}, AWQ=lambda m: awq_model(m, rows, bits, group, progress=False))
     for how, way in ways.items():
         model, begun = load_model(job["model"]), time.perf_counter()
         way(model)
@@ -138,13 +120,13 @@ def large():
 
 if __name__ == "__main__":
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--llmcompressor"); asked.add_argument("--gptqmodel"); asked.add_argument("--large", action="store_true"); asked.add_argument("--seeds", type=int, default=5)
+    asked.add_argument("--ours", action="store_true", help="measure the book's own functions again, keep the others' rows"); asked.add_argument("--llmcompressor"); asked.add_argument("--large", action="store_true"); asked.add_argument("--seeds", type=int, default=5)
     asked = asked.parse_args()
     from distillbook.lab.settings import project_root
     out = project_root()/"data"/"measured"/"quantizers.json"
     kept = json.loads(out.read_text()) if out.exists() else {}
-    pythons = {name: path for name, path in (("llm-compressor", asked.llmcompressor), ("GPTQModel", asked.gptqmodel)) if path}
-    if pythons: kept["rows"] = [r for r in kept.get("rows", []) if r["tool"] not in (*pythons, "distillbook")] + compare(pythons, asked.seeds)
+    pythons = {"llm-compressor": asked.llmcompressor} if asked.llmcompressor else {}
+    if pythons or asked.ours: kept["rows"] = [r for r in kept.get("rows", []) if r["tool"] not in (*pythons, "distillbook")] + compare(pythons, asked.seeds)
     if asked.large: kept["large"] = large()
     kept |= dict(machine=f"{platform.machine()}, {os.cpu_count()} cores", torch=torch.__version__.split("+")[0], settings="teacher, 4 bits, groups of 128, symmetric, 32 rows of 256 tokens of docstrings; held out: 48 rows")
     out.write_text(json.dumps(kept, indent=1) + "\n")
