@@ -49,6 +49,13 @@ def children():
         except (psutil.NoSuchProcess, psutil.ZombieProcess): continue      # it has ended
     return found
 
+def wait_for(condition, what, seconds=30):
+    "Look until it is so; an error with what it was when it takes too long."
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, f"{what} did not happen in {seconds} s"
+        time.sleep(0.02)
+
 class Solver:
     "One process that runs the solutions, each in a fork: what is slow to import is imported once."
     def __init__(self, variables): self.variables, self.process, self.lock = variables, None, threading.Lock()

@@ -1,10 +1,10 @@
 "Endpoints: a GGUF file that llama.cpp reads as transformers reads the folder, servers that end with us, and faults that come as planned."
-import asyncio, json, os, random, signal, socket, subprocess, sys, time, urllib.error, urllib.request
+import asyncio, json, os, random, signal, socket, subprocess, sys, urllib.error, urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np, psutil, pytest, torch
 from hypothesis import given, settings, strategies as st
-from conftest import children
+from conftest import children, wait_for
 from distillbook.lab.models import CHAT_TEMPLATE, encode_prompts, generate, load_model, load_tokenizer, tiny_qwen3, train_tokenizer
 from distillbook.lab.microworld import SUITES, examples
 from distillbook.synth import endpoints
@@ -31,11 +31,6 @@ def wire(port, data):
         line.sendall(data)
         line.shutdown(socket.SHUT_WR)
         return b"".join(iter(lambda: line.recv(65536), b""))
-def wait_for(condition, what, seconds=30):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, f"{what} did not happen in {seconds} s"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

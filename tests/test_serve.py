@@ -1,10 +1,10 @@
 "Chapter 55: the endpoint refuses what is wrong, serves many at one time, forgets who left, and shows its page."
-import asyncio, json, os, queue, shutil, signal, socket, subprocess, sys, threading, time, urllib.error, urllib.request
-import psutil, pytest, torch
+import json, shutil, signal, socket, subprocess, sys, threading, time, urllib.error, urllib.request
+import psutil, pytest
 from hypothesis import given, settings, strategies as st
-from conftest import ROOT, children, environment
+from conftest import ROOT, children, environment, wait_for
 from distillbook.lab.models import encode_prompts, generate, load_model, load_tokenizer
-from distillbook.ship.serve import Engine, Job, break_even_tokens, chat_page, cost_per_million, endpoint, needed_speed, load_test, make_app, read_chat_request, serve
+from distillbook.ship.serve import Engine, Job, break_even_tokens, chat_page, cost_per_million, endpoint, load_test, needed_speed
 
 HELLO = dict(messages=[dict(role="user", content="How do I copy a royal seal?")], max_tokens=12)
 
@@ -13,12 +13,6 @@ def post(address, body, path="/v1/chat/completions", **headers):
     try:
         with urllib.request.urlopen(request, timeout=60) as reply: return reply.status, reply.read().decode()
     except urllib.error.HTTPError as error: return error.code, error.read().decode()
-
-def wait_for(condition, what, seconds=30):
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, f"{what} did not happen in {seconds} s"
-        time.sleep(0.02)
 
 @pytest.fixture(scope="module")
 def engine(shipped_models):

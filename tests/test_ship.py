@@ -1,16 +1,16 @@
 "Part 5: rounding, GPTQ, AWQ, files for runtimes, and the gate; each against a library or an oracle written out."
-import copy, ctypes, json, math, random
+import copy, math, random
 import numpy as np, pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from distillbook.adapt.forgetting import summarize
-from distillbook.lab.models import generate, load_model, load_tokenizer, train_tokenizer
+from distillbook.lab.models import load_model, load_tokenizer, train_tokenizer
 from distillbook.ship.awq import IntLinear, Pair, awq_model, clipped, fold, int8_model, scale_pairs, shared_scale, smooth_model, whole_product
 from distillbook.ship.gguf import WRITERS, check_architecture, importance_of, llamacpp_dequantize, llamacpp_quantize, read_quantized, tensor_type, write_quantized_gguf
 from distillbook.ship.gptq import calibrated, decoder_layers, gptq, gptq_model
-from distillbook.ship.precision import Quantized, compare_beliefs, head_size, inner_matrices, pack_bits, quantize, rounded_model, unpack_bits
-from distillbook.ship.release import Bars, Candidate, choose, description, pack_int32, ship_gate, stored, unpack_int32, write_compressed
+from distillbook.ship.precision import compare_beliefs, inner_matrices, pack_bits, quantize, rounded_model, unpack_bits
+from distillbook.ship.release import Bars, Candidate, choose, pack_int32, ship_gate, stored, unpack_int32, write_compressed
 
 TOKENIZER = train_tokenizer(["The quick brown fox jumps over the lazy dog, 12 times or 345. "*4], 320)
 
