@@ -111,7 +111,7 @@ def test_who_leaves_is_forgotten(shipped_models):
 def test_a_full_line_is_said(shipped_models):
     busy = Engine("student", batch_size=1, most_waiting=2)
     step = busy._advance
-    busy._advance = lambda job, token: (time.sleep(.05), step(job, token))[-1]
+    busy._advance = lambda job, token: (time.sleep(.15), step(job, token))[-1]
     try:
         with endpoint({"student": busy}) as at:
             found, threads = [], []

@@ -1,12 +1,13 @@
 """Kernels that have imported already what is slow to import. `warm.py serve SOCKET` waits, and forks a kernel for each request;
 `warm.py kernel CONNECTION_FILE` is what Jupyter starts: it asks for a kernel, and lives as long as that one does."""
-import json, os, select, signal, socket, sys
+import ctypes, json, os, select, signal, socket, sys
 
 def fork_kernel(request, sockets):
     "In the child: become the kernel that was asked for; in the parent: its process number."
     child = os.fork()
     if child: return child
     for s in sockets: s.close()                    # a copy held here would keep the others from seeing their end
+    if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL)      # PR_SET_PDEATHSIG: it ends with the process that forked it
     os.setsid(); os.chdir(request["cwd"]); os.environ.clear(); os.environ.update(request["environment"])
     os.environ.pop("JPY_PARENT_PID", None)         # the one who started it is not its parent
     sys.argv = ["kernel", "-f", request["file"]]
