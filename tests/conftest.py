@@ -91,7 +91,7 @@ class WarmKernels:
             self.process.kill(); self.process.wait()
 
 class SmokeRuns:
-    "Every notebook at smoke, each once, one after the other beside the tests; a test that needs one which has not begun runs it itself."
+    "Every notebook at smoke, each once, one after the other beside the tests; a test that needs one which has not begun, or waits for one, runs notebooks itself."
     def __init__(self, folder, cache):
         self.folder, self.variables, self.pool, self.started = folder, {"DISTILLBOOK_CACHE": cache, BESIDE: 1}, ThreadPoolExecutor(1), {}
         self.solver, self.kernels = Solver(self.variables), WarmKernels(folder/"jupyter", self.variables)
@@ -113,7 +113,7 @@ class SmokeRuns:
             if todo is None: break
             self.started[todo] = Future()
             try: self.started[todo].set_result(self._one(todo, self._place(todo)))
-            except BaseException as error: self.started[todo].set_exception(error); raise
+            except Exception as error: self.started[todo].set_exception(error)
         return self.started[path].result()
 
 @pytest.fixture(scope="session")
