@@ -485,3 +485,20 @@ def wire_keep(port, data, n):
 def test_a_log_line_that_is_no_json_is_named(tmp_path):
     (tmp_path/"log").write_text('{"key": "a"}\nnonsense\n{"torn')
     with pytest.raises(ValueError, match=f"line 2 of .*log is not JSON"): read_log(tmp_path/"log")
+
+@pytest.mark.parametrize("rule", ["qwen2", "llama-bpe", "gpt-2"])
+def test_each_rule_that_cuts_text_gives_the_same_tokens(rule, tmp_path):
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+    from distillbook.lab.models import WORD_PATTERN
+    pattern = {"qwen2": WORD_PATTERN, "llama-bpe": WORD_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")}.get(rule)
+    in_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    cut = Tokenizer(models.BPE())
+    cut.pre_tokenizer = in_bytes if pattern is None else pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), in_bytes])
+    text = "Don't count 12345 and 1234567 twice: they've naïve  spaces,\n\n  x_y = [1, 22, 333]; 'll 've THE END!!  "
+    cut.train_from_iterator([text]*20, trainers.BpeTrainer(vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=["<e>"], show_progress=False))
+    words = PreTrainedTokenizerFast(tokenizer_object=cut, eos_token="<e>", pad_token="<e>", bos_token="<e>")
+    write_gguf(saved(tmp_path/"m", tiny_qwen3(words, hidden_size=64, layers=1), words), tmp_path/"x.gguf")
+    with llama_server(tmp_path/"x.gguf", slots=1, threads=1, context=128) as url:
+        for given in (text, "1", "12", "1234", " 99999 a", "we'LL go\r\n\tnow  ", "é☃ 日本 5"):
+            assert server_tokens(url, given) == words(given, add_special_tokens=False)["input_ids"], given
