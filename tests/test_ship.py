@@ -1,6 +1,7 @@
 "Part 5: rounding, GPTQ, AWQ, files for runtimes, and the gate; each against a library or an oracle written out."
-import copy, math, random
+import copy, json, math, random, subprocess, sys
 import numpy as np, pytest, torch
+from conftest import ROOT, environment, wait_for
 from hypothesis import given, settings, strategies as st
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -8,9 +9,9 @@ from distillbook.adapt.forgetting import summarize
 from distillbook.lab.models import load_model, load_tokenizer, train_tokenizer
 from distillbook.ship.awq import IntLinear, Pair, awq_model, clipped, fold, int8_model, scale_pairs, shared_scale, smooth_model, whole_product
 from distillbook.ship.gguf import WRITERS, check_architecture, importance_of, llamacpp_dequantize, llamacpp_quantize, read_quantized, tensor_type, write_quantized_gguf
-from distillbook.ship.gptq import calibrated, decoder_layers, gptq, gptq_model
+from distillbook.ship.gptq import calibrated, decoder_layers, gptq, gptq_model, gptq_treatment, hollow_model, layer_by_layer, read_weights, text_rows, weight_files
 from distillbook.ship.precision import compare_beliefs, inner_matrices, pack_bits, quantize, rounded_model, unpack_bits
-from distillbook.ship.release import Bars, Candidate, choose, pack_int32, ship_gate, stored, unpack_int32, write_compressed
+from distillbook.ship.release import Bars, Candidate, choose, compress_model, pack_int32, ship_gate, stored, unpack_int32, write_compressed
 
 TOKENIZER = train_tokenizer(["The quick brown fox jumps over the lazy dog, 12 times or 345. "*4], 320)
 
@@ -31,16 +32,30 @@ def token_rows(count, length=32, vocabulary=None, seed=0):
 
 # rounding
 
-@given(st.integers(2, 8), st.booleans(), st.sampled_from([1, 4, 16, "channel", "tensor"]), st.integers(1, 5), st.integers(0, 2**31))
-def test_each_weight_goes_to_the_nearest_mark(bits, symmetric, group, rows, seed):
+@given(st.integers(2, 8), st.sampled_from(["symmetric", "full", "affine"]), st.sampled_from([1, 4, 16, "channel", "tensor"]), st.integers(1, 5), st.integers(0, 2**31))
+def test_each_weight_goes_to_the_nearest_mark(bits, kind, group, rows, seed):
+    symmetric = kind != "affine"
     draw = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, 16, generator=draw)*10**torch.randint(-6, 6, (1,), generator=draw).item()
-    found = quantize(weight, bits, group, symmetric)
+    found = quantize(weight, bits, group, symmetric, kind == "full")
     gap = (found.dequantize() - weight).abs().reshape(found.codes.shape)
     edge = 1 if symmetric else 1.0 + 1e-3                     # an affine zero is rounded too, so the last mark may lie half a step off
     assert (gap <= found.scale*(0.5*edge + (0 if symmetric else 0.5)) + 1e-6*weight.abs().max()).all()
-    low, high = (1 - 2**(bits - 1), 2**(bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+    low, high = dict(symmetric=(1 - 2**(bits - 1), 2**(bits - 1) - 1), full=(-2**(bits - 1), 2**(bits - 1) - 1), affine=(0, 2**bits - 1))[kind]
     assert low <= found.codes.min() and found.codes.max() <= high
+
+@given(st.integers(2, 8), st.sampled_from([8, 16, 32]), st.integers(0, 2**31))
+def test_all_marks_are_compressed_tensors_own(bits, size, seed):
+    pytest.importorskip("compressed_tensors")
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
+    from compressed_tensors.quantization.utils import calculate_qparams
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(seed))
+    args, groups = QuantizationArgs(num_bits=bits, type="int", symmetric=True, strategy="group", group_size=size), weight.view(6, -1, size)
+    scale, zero = calculate_qparams(groups.amin(-1), groups.amax(-1), args)
+    ours = quantize(weight, bits, size, full=True)
+    torch.testing.assert_close(ours.scale.squeeze(-1), scale, rtol=1e-6, atol=0)
+    torch.testing.assert_close(ours.dequantize(), fake_quantize(weight, scale, zero, args), rtol=1e-5, atol=1e-6)
 
 @given(st.integers(2, 8), st.integers(0, 70), st.integers(0, 2**31))
 def test_packed_bits_come_back(bits, count, seed):
@@ -104,9 +119,9 @@ def test_gptq_is_optimal_brain_quantization(bits):
 
 def test_gptq_takes_what_it_is_given():
     weight, hessian = torch.randn(4, 16), torch.eye(16)
-    for options in (dict(), dict(group_size=4), dict(group_size=4, symmetric=False), dict(act_order=True), dict(group_size=4, act_order=True)):
+    for options in (dict(), dict(group_size=4), dict(group_size=4, symmetric=False), dict(act_order=True), dict(group_size=4, act_order=True), dict(group_size=4, full=True)):
         size = options.get("group_size", "channel")
-        assert torch.equal(gptq(weight, hessian, 4, **options).codes, quantize(weight, 4, size, options.get("symmetric", True)).codes), options
+        assert torch.equal(gptq(weight, hessian, 4, **options).codes, quantize(weight, 4, size, options.get("symmetric", True), options.get("full", False)).codes), options
     assert torch.isfinite(gptq(weight, torch.zeros(16, 16), 4).dequantize()).all()       # no input ever came
     x = torch.randn(3, 16)
     assert torch.isfinite(gptq(weight, x.T @ x, 4).dequantize()).all()                   # fewer tokens than inputs
@@ -160,6 +175,66 @@ def test_layer_by_layer_is_the_model(shipped_models):
     with torch.no_grad(): assert all(torch.equal(network(torch.tensor([row])).logits, b) for row, b in zip(rows, before))
     with pytest.raises(ValueError, match="one length"): calibrated(network, [[1, 2], [1]], lambda *a: None)
     with pytest.raises(ValueError, match="neither"): decoder_layers(nn.Linear(2, 2))
+
+def test_matrices_that_read_the_same_do_not_mix_with_others():
+    "Inputs are shared by their identity: a layer whose matrices read different things keeps them apart."
+    network, rows, seen = qwen3(5), token_rows(2), {}
+    calibrated(network, rows, lambda layer, hessians, states, shared: seen.update({(id(layer), n): H for n, H in hessians.items()}), progress=False)
+    for layer in network.model.layers:
+        of = lambda name: seen[id(layer), name]
+        assert torch.equal(of("self_attn.q_proj"), of("self_attn.v_proj")) and torch.equal(of("mlp.gate_proj"), of("mlp.up_proj"))
+        assert not torch.equal(of("self_attn.q_proj"), of("mlp.up_proj")) and not torch.equal(of("self_attn.q_proj"), of("self_attn.o_proj"))
+
+def test_rows_of_text():
+    texts = [f"fox number {i}" for i in range(20)]
+    rows = text_rows(texts, TOKENIZER, 3, 10, 1)
+    assert [len(row) for row in rows] == [10]*3 and rows == text_rows(texts, TOKENIZER, 3, 10, 1) != text_rows(texts, TOKENIZER, 3, 10, 2)
+    joined = [sum(rows, []), [i for k in random.Random(1).sample(range(20), 20) for i in [*TOKENIZER(texts[k], add_special_tokens=False)["input_ids"], TOKENIZER.eos_token_id]]]
+    assert joined[0] == joined[1][:30]
+    with pytest.raises(ValueError, match="20 texts have"): text_rows(texts, TOKENIZER, 100, 100, 0)
+
+def test_layers_that_see_different_parts_of_a_text_are_refused():
+    sizes = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2)
+    mixed = Qwen2ForCausalLM(Qwen2Config(**sizes, use_sliding_window=True, sliding_window=4, max_window_layers=1))
+    assert len(set(mixed.config.layer_types)) == 2
+    with pytest.raises(ValueError, match="different parts of a text"): calibrated(mixed, [[1, 2]], lambda *given: None, progress=False)
+
+def saved(network, folder, **options):
+    network.save_pretrained(folder, **options); TOKENIZER.save_pretrained(folder)
+    return folder
+
+LARGER_THAN_MEMORY = {
+    "Qwen3, tied, in one file": lambda: (qwen3(), {}),
+    "Qwen3 in bfloat16, in parts": lambda: (qwen3(1).to(torch.bfloat16), dict(max_shard_size="40KB")),
+    "Llama with a head of its own, in parts": lambda: (loudly(LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2))), dict(max_shard_size="100KB")),
+    "Qwen2 with biases": lambda: (loudly(Qwen2ForCausalLM(Qwen2Config(vocab_size=len(TOKENIZER), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1))), {})}
+
+@pytest.mark.parametrize("kind", LARGER_THAN_MEMORY)
+def test_a_model_read_layer_by_layer_is_the_model(kind, tmp_path):
+    network, options = LARGER_THAN_MEMORY[kind]()
+    saved(network, tmp_path, **options)
+    hollow, present = hollow_model(tmp_path)
+    held = {k for k, w in hollow.state_dict().items() if w.device.type != "meta"}
+    assert not any("layers." in k for k in held) and {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} <= held
+    there, found, rows = [], {}, token_rows(3)
+    for number, layer, states in layer_by_layer(hollow, rows, gptq_treatment(hollow, found, 4, group_size=32), present):
+        there.append(sum(any(p.device.type != "meta" for p in one.parameters()) for one in hollow.model.layers))
+    assert there == [1]*network.config.num_hidden_layers
+    whole = gptq_model(load_model(tmp_path, "bfloat16" if "bfloat16" in kind else "float32"), rows, 4, progress=False, group_size=32)
+    assert set(found) == set(whole) and all(torch.equal(found[n].codes, q.codes) and torch.equal(found[n].scale, q.scale) for n, q in whole.items())
+    with torch.no_grad(): last = network.float().eval().model(torch.tensor(rows[:1])).last_hidden_state
+    hollow, present = hollow_model(tmp_path)
+    for *_, states in layer_by_layer(hollow, rows, lambda *given: None, present): pass
+    torch.testing.assert_close(hollow.model.norm.float()(states[0]), last, rtol=1e-3, atol=1e-3)         # nothing treated: what comes out is what the whole model makes
+
+def test_hollow_models_refuse_what_they_cannot_read(tmp_path):
+    saved(qwen3(), tmp_path/"model")
+    held = weight_files(tmp_path/"model")
+    with pytest.raises(ValueError, match="hold no model.nothing"): read_weights(dict(a="model.nothing"), held)
+    (tmp_path/"adapter").mkdir(); (tmp_path/"adapter"/"adapter_config.json").write_text(json.dumps(dict(base_model_name_or_path=str(tmp_path/"model"))))
+    with pytest.raises(ValueError, match="holds an adapter"): hollow_model(tmp_path/"adapter")
+    (tmp_path/"pickle").mkdir(); (tmp_path/"pickle"/"config.json").write_text((tmp_path/"model"/"config.json").read_text()); (tmp_path/"pickle"/"pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a pickle"): hollow_model(tmp_path/"pickle")
 
 # AWQ, SmoothQuant, whole numbers
 
@@ -337,6 +412,104 @@ def test_what_the_format_has_no_words_for_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
     for codes, bits in ((torch.tensor([[8]]), 4), (torch.tensor([[-9]]), 4), (torch.tensor([[1]]), 3)):
         with pytest.raises(ValueError): pack_int32(codes, bits)
+
+def tensors_of(folder):
+    held = weight_files(folder)
+    return read_weights({name: name for name in held}, held)
+
+@pytest.mark.parametrize("kind", LARGER_THAN_MEMORY)
+@pytest.mark.parametrize("how", [dict(bits=4, group_size=32), dict(bits=4, group_size=32, act_order=True), dict(bits=8, group_size="channel", whole_inputs=True), dict(bits=4, group_size=32, method="awq", points=3)])
+def test_a_file_made_layer_by_layer_is_the_same_file(kind, how, tmp_path):
+    network, options = LARGER_THAN_MEMORY[kind]()
+    saved(network, tmp_path/"model", **options)
+    rows, whole = token_rows(3), load_model(tmp_path/"model", "bfloat16" if "bfloat16" in kind else "float32")
+    given = {k: v for k, v in how.items() if k not in ("method", "whole_inputs", "bits")}
+    found = awq_model(whole, rows, how["bits"], progress=False, **given) if how.get("method") == "awq" else gptq_model(whole, rows, how["bits"], progress=False, **given)
+    first = write_compressed(whole, found, TOKENIZER, tmp_path/"first", whole_inputs=how.get("whole_inputs", False))
+    second = compress_model(tmp_path/"model", tmp_path/"second", rows, progress=False, **how)
+    one, two = tensors_of(first), tensors_of(second)
+    assert set(one) == set(two) and all(torch.equal(two[k], w) and two[k].dtype == w.dtype for k, w in one.items())
+    configs = [json.loads((folder/"config.json").read_text()) for folder in (first, second)]
+    assert configs[0]["quantization_config"] == configs[1]["quantization_config"] and configs[0]["architectures"] == configs[1]["architectures"]
+    assert {p.name for p in second.glob("*.safetensors")} == {p.name for p in weight_files(second).values()} and {p.name for p in tmp_path.iterdir()} == {"model", "first", "second"}
+    if how == dict(bits=4, group_size=32):
+        pytest.importorskip("compressed_tensors")
+        from transformers import AutoModelForCausalLM
+        assert compare_beliefs(*(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for folder in (first, second)), token_rows(2))["kl"] == pytest.approx(0, abs=1e-7)
+
+def test_a_file_that_cannot_be_made_is_refused_before_the_work(tmp_path):
+    saved(qwen3(), tmp_path/"model")
+    rows = token_rows(2)
+    for options, what in ((dict(method="rtn"), "method must be one of gptq, awq"), (dict(method="awq", group_size="channel"), "give group_size a number"), (dict(bits=3, group_size=32), "4 or 8 bits"), (dict(group_size=48), "take a divisor"), (dict(bits=8, group_size=32, whole_inputs=True), "one scale a row"), (dict(group_size=32, rows=[[1], [1, 2]]), "one length")):
+        with pytest.raises(ValueError, match=what): compress_model(tmp_path/"model", tmp_path/"out", **(dict(rows=rows, progress=False) | options))
+    with pytest.raises(FileExistsError): compress_model(tmp_path/"model", tmp_path/"model", rows)
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=len(TOKENIZER)))
+    with pytest.raises(ValueError, match="no linear matrices"): compress_model(saved(gpt2, tmp_path/"gpt2"), tmp_path/"out", rows)
+    assert not (tmp_path/"out").exists()
+
+def test_a_killed_run_goes_on_with_the_layer_it_was_at(tmp_path):
+    place, rows = saved(qwen3(num_hidden_layers=6), tmp_path/"model"), token_rows(4)
+    script = f"""
+import time
+from distillbook.ship import release
+quick = release.gptq_treatment
+def slow(*given, **options):
+    treat = quick(*given, **options)
+    def waits(*given): time.sleep(.5); treat(*given)
+    return waits
+release.gptq_treatment = slow
+release.compress_model({str(place)!r}, {str(tmp_path/'out')!r}, {rows!r}, group_size=32, progress=False)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], env=environment(), cwd=ROOT)
+    try: wait_for(lambda: list(tmp_path.glob(".out.*/layer-00002.safetensors")), "the third layer", 120)
+    finally: process.kill(); process.wait()
+    partial, = tmp_path.glob(".out.*")
+    kept = {f.name: f.stat().st_ino for f in partial.glob("layer-*.safetensors")}
+    assert not (tmp_path/"out").exists() and 3 <= len(kept) < 6
+    other = compress_model(place, tmp_path/"other", rows, group_size=32, progress=False)
+    made = compress_model(place, tmp_path/"out", rows, group_size=32, progress=False)
+    again = {f.name: f.stat().st_ino for f in made.glob("layer-*.safetensors")}
+    assert len(again) == 6 and sum(again[name] == number for name, number in kept.items()) >= len(kept) - 1       # the last one may have been written and not yet noted
+    one, two = tensors_of(other), tensors_of(made)
+    assert set(one) == set(two) and all(torch.equal(two[k], w) for k, w in one.items()) and not list(tmp_path.glob(".out.*"))
+
+def test_other_settings_begin_anew(tmp_path, monkeypatch):
+    from distillbook.ship import release
+    place, rows = saved(qwen3(num_hidden_layers=3), tmp_path/"model"), token_rows(2)
+    def breaks(*given, **options): return lambda layer, *others: (_ for _ in ()).throw(KeyboardInterrupt)
+    with monkeypatch.context() as m:
+        m.setattr(release, "gptq_treatment", breaks)
+        with pytest.raises(KeyboardInterrupt): compress_model(place, tmp_path/"out", rows, group_size=32, progress=False)
+    partial, = tmp_path.glob(".out.*")
+    compress_model(place, tmp_path/"out", rows, group_size=16, progress=False)
+    assert partial.exists() and tensors_of(tmp_path/"out")["model.layers.0.mlp.up_proj.weight_scale"].shape[1] == 4
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path):
+    "Peak memory over what the process had before, of the same model whole and layer by layer."
+    script = f"""
+import json, sys, torch
+from pathlib import Path
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from distillbook.lab.models import load_model, load_tokenizer
+from distillbook.ship.gptq import gptq_model
+from distillbook.ship.release import compress_model
+torch.set_default_dtype(torch.bfloat16)
+network = Qwen3ForCausalLM(Qwen3Config(vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=40, num_attention_heads=4, num_key_value_heads=2, head_dim=128, tie_word_embeddings=True))
+torch.set_default_dtype(torch.float32)
+network.save_pretrained({str(tmp_path/'model')!r}); load_tokenizer("student").save_pretrained({str(tmp_path/'model')!r})
+del network
+rows = torch.randint(512, (2, 32)).tolist()
+def status(key): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))/1024
+def most(work):
+    Path("/proc/self/clear_refs").write_text("5")          # the peak begins at what is there now
+    before = status("VmRSS"); work(); return status("VmHWM") - before
+found = [most(lambda: compress_model({str(tmp_path/'model')!r}, {str(tmp_path)!r} + f"/out{{k}}", rows, progress=False)) for k in range(2)]
+print(json.dumps([found[1], most(lambda: gptq_model(load_model({str(tmp_path/'model')!r}, "bfloat16"), rows, 4, False, group_size=128))]))
+"""
+    done = subprocess.run([sys.executable, "-c", script], env=environment(), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    by_layer, whole = json.loads(done.stdout.splitlines()[-1])
+    assert by_layer < 0.5*whole, (by_layer, whole)
 
 # the gate and the choice
 

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['check_smooth_scale', 'check_feeding_head', 'Pair', 'scale_pairs', 'shared_scale', 'fold', 'output_loss', 'best_scale',
-           'clipped', 'awq_model', 'whole_product', 'IntLinear', 'int8_model', 'smooth_model']
+           'clipped', 'awq_treatment', 'awq_model', 'whole_product', 'IntLinear', 'int8_model', 'smooth_model']
 
-# %% ../../nbs/5_ship/52_awq.ipynb #c72de85d
+# %% ../../nbs/5_ship/52_awq.ipynb #4c4d7019
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from ..lab.exercises import Exercise
-from .gptq import calibrated, decoder_layers
+from .gptq import calibrated
 from .precision import Quantized, head_size, inner_matrices, quantize
 
 # %% ../../nbs/5_ship/52_awq.ipynb #eca9a17b
@@ -107,18 +107,17 @@ def clipped(
         out[:, g] = kept
     return out.view(weight.shape)
 
-# %% ../../nbs/5_ship/52_awq.ipynb #fc0ad7db
-def awq_model(
-    network: nn.Module,          # changed in place
-    rows: list[list[int]],       # calibration text, token ids, all of one length
+# %% ../../nbs/5_ship/52_awq.ipynb #f362c889
+def awq_treatment(
+    network: nn.Module,
+    found: dict[str, Quantized], # receives each matrix by its name
     bits: int,
     group_size: int,
-    points: int = 20,
-    clip: bool = True,
-    progress: bool = True,
-) -> dict[str, Quantized]:       # by the matrix's name; the network holds what they stand for
-    "AWQ for every matrix inside the layers."
-    config, names, found = network.config, {id(m): n for n, m in inner_matrices(network).items()}, {}
+    points: int = 20,            # powers that are tried
+    clip: bool = True,           # shorter rulers where they help
+):                               # for layer_by_layer
+    "AWQ for every matrix of a layer; all that a scale moves lies within the layer."
+    config, names = network.config, {id(m): n for n, m in inner_matrices(network).items()}
     size = head_size(config)
     rule = lambda w: quantize(w, bits, group_size)
     def treat(layer, hessians, states, shared):
@@ -131,7 +130,20 @@ def awq_model(
             H = of[id(m)]
             found[name] = done = rule(clipped(m.weight.data, H, bits, group_size) if clip else m.weight.data)
             m.weight.data.copy_(done.dequantize())
-    calibrated(network, rows, treat, progress)
+    return treat
+
+def awq_model(
+    network: nn.Module,          # changed in place
+    rows: list[list[int]],       # calibration text, token ids, all of one length
+    bits: int,
+    group_size: int,
+    points: int = 20,
+    clip: bool = True,
+    progress: bool = True,
+) -> dict[str, Quantized]:       # by the matrix's name; the network holds what they stand for
+    "AWQ for every matrix inside the layers."
+    found = {}
+    calibrated(network, rows, awq_treatment(network, found, bits, group_size, points, clip), progress)
     return found
 
 # %% ../../nbs/5_ship/52_awq.ipynb #f24b46de

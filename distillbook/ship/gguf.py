@@ -7,8 +7,7 @@ __all__ = ['WRITERS', 'ARCHITECTURES', 'FILE_TYPES', 'check_block_bits', 'check_
            'symmetric_rulers', 'q4_k', 'q5_k', 'q6_k', 'llamacpp_quantize', 'llamacpp_dequantize', 'tensor_type',
            'check_architecture', 'write_quantized_gguf', 'importance_of', 'read_quantized']
 
-# %% ../../nbs/5_ship/53_gguf.ipynb #84429fa5
-import math
+# %% ../../nbs/5_ship/53_gguf.ipynb #8555a8f6
 from pathlib import Path
 import numpy as np, torch
 from torch import Tensor, nn

@@ -6,8 +6,7 @@
 __all__ = ['check_bits_per_weight', 'check_code', 'Quantized', 'ruler', 'to_codes', 'quantize', 'pack_bits', 'unpack_bits',
            'inner_matrices', 'head_size', 'rounded_model', 'compare_beliefs', 'compare_answers']
 
-# %% ../../nbs/5_ship/50_precision.ipynb #5fe9194d
-import math
+# %% ../../nbs/5_ship/50_precision.ipynb #b0fa99f7
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
@@ -34,17 +33,18 @@ class Quantized:
         "Bits of codes, scales and zero points."
         return self.codes.numel()*self.bits + self.scale.numel()*scale_bits + (0 if self.zero is None else self.zero.numel()*self.bits)
 
-# %% ../../nbs/5_ship/50_precision.ipynb #29da3048
+# %% ../../nbs/5_ship/50_precision.ipynb #71673aed
 def ruler(
     values: Tensor,              # [..., group]
     bits: int,
     symmetric: bool = True,
     over: tuple = (-1,),         # dimensions that share a ruler
+    full: bool = False,          # a symmetric ruler has one mark more, at its lower end, and both ends lie half a mark outside
 ) -> tuple[Tensor, Tensor | None]:     # distance of two marks, and the zero point of an affine ruler
-    "The shortest ruler of 2**bits marks (2**bits - 1 where it is symmetric) that reaches every value."
+    "The shortest ruler of 2**bits marks (2**bits - 1 where it is symmetric and not full) that leaves no value more than half a mark away."
     high, low = values.amax(over, keepdim=True), values.amin(over, keepdim=True)
     if not symmetric: high, low = high.clamp(min=0.), low.clamp(max=0.)       # zero must be a mark: padding and masks are zeros
-    scale = torch.maximum(high, -low)/(2**(bits - 1) - 1) if symmetric else (high - low)/(2**bits - 1)
+    scale = torch.maximum(high, -low)/(2**(bits - 1) - (.5 if full else 1)) if symmetric else (high - low)/(2**bits - 1)
     scale = torch.where(scale > 0, scale, 1.)
     return scale, None if symmetric else (-low/scale).round()
 
@@ -53,9 +53,10 @@ def to_codes(
     scale: Tensor,
     zero: Tensor | None,
     bits: int,
+    full: bool = False,
 ) -> Tensor:                     # int16, of the values' shape
     "The nearest mark of each value; outside of the ruler its last one."
-    if zero is None: return (values/scale).round().clamp(1 - 2**(bits - 1), 2**(bits - 1) - 1).to(torch.int16)
+    if zero is None: return (values/scale).round().clamp((0 if full else 1) - 2**(bits - 1), 2**(bits - 1) - 1).to(torch.int16)
     return (values/scale + zero).round().clamp(0, 2**bits - 1).to(torch.int16)
 
 def quantize(
@@ -63,6 +64,7 @@ def quantize(
     bits: int,                   # 2 to 8
     group_size: int | str = "channel",    # neighbours in a row that share a scale, or "channel", or "tensor"
     symmetric: bool = True,      # zero in the middle; False: from the smallest to the largest
+    full: bool = False,          # symmetric with 2**bits marks, as llm-compressor and GPTQModel have it
 ) -> Quantized:
     "Round to the nearest of 2**bits marks (Jacob et al. 2018, section 2.1). Raises ValueError for groups that do not fit and for weights that are not finite."
     if not 2 <= bits <= 8: raise ValueError(f"bits must be 2 to 8, not {bits}")
@@ -71,8 +73,8 @@ def quantize(
         raise ValueError(f"groups of {group_size} do not fill rows of {rows.shape[1]} weights: take a divisor of it, 'channel' or 'tensor'")
     if not torch.isfinite(rows).all(): raise ValueError("the weights are not finite: the model is broken")
     grouped = rows.reshape(len(rows), -1, group_size if isinstance(group_size, int) else rows.shape[1])
-    scale, zero = ruler(grouped, bits, symmetric, (0, 1, 2) if group_size == "tensor" else (2,))
-    return Quantized(to_codes(grouped, scale, zero, bits), scale, zero, bits, tuple(weight.shape))
+    scale, zero = ruler(grouped, bits, symmetric, (0, 1, 2) if group_size == "tensor" else (2,), full)
+    return Quantized(to_codes(grouped, scale, zero, bits, full), scale, zero, bits, tuple(weight.shape))
 
 # %% ../../nbs/5_ship/50_precision.ipynb #f480c824
 def pack_bits(

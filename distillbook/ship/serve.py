@@ -6,8 +6,8 @@
 __all__ = ['NOT_HERE', 'check_dollars', 'check_percentile', 'Job', 'Engine', 'read_body', 'read_chat_request', 'make_app',
            'endpoint', 'chat_page', 'serve', 'load_test', 'cost_per_million', 'needed_speed', 'break_even_tokens']
 
-# %% ../../nbs/5_ship/55_serve.ipynb #5dacbeda
-import asyncio, contextlib, hmac, json, queue, statistics, threading, time
+# %% ../../nbs/5_ship/55_serve.ipynb #a1b7c007
+import asyncio, contextlib, hmac, json, queue, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
