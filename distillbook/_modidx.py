@@ -939,6 +939,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'distillbook.lab.models.stop_tokens': ( '0_lab/models.html#stop_tokens',
                                                                                 'distillbook/lab/models.py'),
                                         'distillbook.lab.models.tiny_qwen3': ('0_lab/models.html#tiny_qwen3', 'distillbook/lab/models.py'),
+                                        'distillbook.lab.models.to_dtype': ('0_lab/models.html#to_dtype', 'distillbook/lab/models.py'),
                                         'distillbook.lab.models.train_tokenizer': ( '0_lab/models.html#train_tokenizer',
                                                                                     'distillbook/lab/models.py'),
                                         'distillbook.lab.models.vocabulary_hash': ( '0_lab/models.html#vocabulary_hash',

@@ -6,7 +6,7 @@ from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from distillbook.lab.corpora import collate, pack
 from distillbook.lab.models import (SPECIAL_TOKENS, bytes_a_token, check_same_vocabulary, encode_prompts, generate,
-    load_model, load_tokenizer, model_place, small_student, stop_tokens, tiny_qwen3, train_tokenizer, vocabulary_hash)
+    load_model, load_tokenizer, model_place, small_student, stop_tokens, tiny_qwen3, to_dtype, train_tokenizer, vocabulary_hash)
 
 TEXTS = ["The quick brown fox returns the sum of two arrays, 12 and 345.\n" * 4, "def area(width, height):\n    return width * height\n" * 4]
 TOKENIZER = train_tokenizer(TEXTS, 300)
@@ -226,3 +226,15 @@ def test_a_models_own_settings_of_generation_stay_out_and_come_back():
     assert generate(model, TOKENIZER, QUESTIONS, 8, progress=False) == plain
     assert model.generation_config.repetition_penalty == 50.
     with pytest.raises(ValueError, match="temperature -1"): generate(model, TOKENIZER, QUESTIONS, 8, temperature=-1)
+
+def test_another_precision_leaves_far_positions_where_they_are(shipped_models):
+    "A shipped adapter in bfloat16 against its model merged in float32 and rounded by hand: also two thousand tokens in."
+    whole, rounded = load_model("actor"), load_model("actor", "bfloat16")
+    assert {p.dtype for p in rounded.parameters()} == {torch.bfloat16} and rounded.get_output_embeddings().weight is rounded.get_input_embeddings().weight
+    assert torch.equal(rounded.model.rotary_emb.inv_freq, whole.model.rotary_emb.inv_freq) and rounded.model.rotary_emb.inv_freq.dtype == torch.float32
+    for p in whole.parameters(): p.data = p.data.bfloat16().float()
+    ids = torch.randint(4096, (1, 2000), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): a, b = (m(input_ids=ids).logits[0].float().log_softmax(-1) for m in (whole, to_dtype(rounded, torch.float32)))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    with torch.no_grad(): c = to_dtype(load_model("actor", "bfloat16").to(torch.bfloat16), torch.float32)(input_ids=ids).logits[0].float().log_softmax(-1)
+    assert (c - a)[1500:].abs().max() > 10*(c - a)[:10].abs().max() and (c - a).abs().max() > 0.05       # what .to would have done

@@ -440,7 +440,7 @@ def test_a_file_made_layer_by_layer_is_the_same_file(kind, how, tmp_path):
 def test_a_file_that_cannot_be_made_is_refused_before_the_work(tmp_path):
     saved(qwen3(), tmp_path/"model")
     rows = token_rows(2)
-    for options, what in ((dict(method="rtn"), "method must be one of gptq, awq"), (dict(method="awq", group_size="channel"), "give group_size a number"), (dict(bits=3, group_size=32), "4 or 8 bits"), (dict(group_size=48), "take a divisor"), (dict(bits=8, group_size=32, whole_inputs=True), "one scale a row"), (dict(group_size=32, rows=[[1], [1, 2]]), "one length")):
+    for options, what in ((dict(method="rtn"), "method must be one of gptq, awq"), (dict(method="awq", group_size="channel"), "give group_size a number"), (dict(bits=3, group_size=32), "4 or 8 bits"), (dict(group_size=32, symmetric=False), "gptq knows damping, act_order, full here, not symmetric"), (dict(group_size=48), "take a divisor"), (dict(bits=8, group_size=32, whole_inputs=True), "one scale a row"), (dict(group_size=32, rows=[[1], [1, 2]]), "one length")):
         with pytest.raises(ValueError, match=what): compress_model(tmp_path/"model", tmp_path/"out", **(dict(rows=rows, progress=False) | options))
     with pytest.raises(FileExistsError): compress_model(tmp_path/"model", tmp_path/"model", rows)
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=len(TOKENIZER)))
@@ -452,12 +452,12 @@ def test_a_killed_run_goes_on_with_the_layer_it_was_at(tmp_path):
     script = f"""
 import time
 from distillbook.ship import release
-quick = release.gptq_treatment
+quick, known = release.METHODS["gptq"]
 def slow(*given, **options):
     treat = quick(*given, **options)
     def waits(*given): time.sleep(.5); treat(*given)
     return waits
-release.gptq_treatment = slow
+release.METHODS["gptq"] = slow, known
 release.compress_model({str(place)!r}, {str(tmp_path/'out')!r}, {rows!r}, group_size=32, progress=False)
 """
     process = subprocess.Popen([sys.executable, "-c", script], env=environment(), cwd=ROOT)
@@ -478,7 +478,7 @@ def test_other_settings_begin_anew(tmp_path, monkeypatch):
     place, rows = saved(qwen3(num_hidden_layers=3), tmp_path/"model"), token_rows(2)
     def breaks(*given, **options): return lambda layer, *others: (_ for _ in ()).throw(KeyboardInterrupt)
     with monkeypatch.context() as m:
-        m.setattr(release, "gptq_treatment", breaks)
+        m.setitem(release.METHODS, "gptq", (breaks, ()))
         with pytest.raises(KeyboardInterrupt): compress_model(place, tmp_path/"out", rows, group_size=32, progress=False)
     partial, = tmp_path.glob(".out.*")
     compress_model(place, tmp_path/"out", rows, group_size=16, progress=False)
@@ -498,7 +498,7 @@ def rounding(network, found, bits, group_size):
     names = {{id(m): n for n, m in inner_matrices(network).items()}}
     def treat(layer, *others): found.update({{names[id(m)]: quantize(m.weight.data, bits, group_size) for m in layer.modules() if id(m) in names}})
     return treat
-release.gptq_treatment, place = rounding, Path({str(tmp_path/'model')!r})
+release.METHODS["gptq"], place = (rounding, ()), Path({str(tmp_path/'model')!r})
 torch.set_default_dtype(torch.bfloat16)
 network = Qwen3ForCausalLM(Qwen3Config(vocab_size=512, hidden_size=512, intermediate_size=1024, num_hidden_layers=24, num_attention_heads=4, num_key_value_heads=2, head_dim=128, tie_word_embeddings=True))
 torch.set_default_dtype(torch.float32)

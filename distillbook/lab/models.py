@@ -6,8 +6,8 @@
 __all__ = ['SPECIAL_TOKENS', 'WORD_PATTERN', 'CHAT_TEMPLATE', 'SHIPPED', 'CONFIGS', 'check_matrix_weights', 'check_sharpen',
            'check_last_positions', 'train_tokenizer', 'bytes_a_token', 'tiny_qwen3', 'small_student', 'stop_tokens',
            'quiet_transformers', 'evaluating', 'model_place', 'refuse_pickle', 'adapted_model', 'load_tokenizer',
-           'load_model', 'vocabulary_hash', 'check_same_vocabulary', 'encode_prompts', 'left_pad', 'generate_batch',
-           'generate']
+           'to_dtype', 'load_model', 'vocabulary_hash', 'check_same_vocabulary', 'encode_prompts', 'left_pad',
+           'generate_batch', 'generate']
 
 # %% ../../nbs/0_lab/04_models.ipynb #f2481420
 import hashlib, json, warnings
@@ -156,7 +156,7 @@ def refuse_pickle(
             "Refused: ask for the model in safetensors, or convert it in an environment of its own.")
         raise FileNotFoundError(f"{folder} has no *.safetensors: the weights are missing")
 
-# %% ../../nbs/0_lab/04_models.ipynb #f872d4e6
+# %% ../../nbs/0_lab/04_models.ipynb #05c32f82
 def adapted_model(
     place: str,      # as model_place returns it
 ) -> str | None:     # name or folder of the model, None where the folder holds a whole model
@@ -176,6 +176,14 @@ def load_tokenizer(
     except OSError as error:
         raise FileNotFoundError(f"no tokenizer found for {name!r} (looked in {place}): {str(error).splitlines()[0]}") from error
 
+def to_dtype(
+    network: PreTrainedModel,  # changed in place
+    dtype: torch.dtype,        # of the weights from now on
+) -> PreTrainedModel:
+    "Weights in another precision, and nothing else: `.to` would round the rotary frequencies too, and a rounded frequency turns far positions by radians."
+    for weight in network.parameters(): weight.data = weight.data.to(dtype)
+    return network
+
 def load_model(
     name: str | Path,          # as in model_place
     dtype: str = "float32",    # of the weights: float32, bfloat16, float16
@@ -189,7 +197,7 @@ def load_model(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)      # peft reads an attribute that transformers has renamed
             merged = PeftModel.from_pretrained(load_model(base), place).merge_and_unload()      # in float32, rounded once
-        return merged.to(device=device, dtype=getattr(torch, dtype)).eval()
+        return to_dtype(merged, getattr(torch, dtype)).to(device).eval()
     try:
         with quiet_transformers(): model = AutoModelForCausalLM.from_pretrained(
             place, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False)

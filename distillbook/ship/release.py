@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'RUNS_ON', 'check_survives', 'check_word', 'pack_int32', 'unpack_int32', 'description', 'stored',
            'write_compressed', 'compress_model', 'Bars', 'ship_gate', 'Candidate', 'choose']
 
-# %% ../../nbs/5_ship/56_release.ipynb #b0777c8a
+# %% ../../nbs/5_ship/56_release.ipynb #48994791
 import hashlib, json, math, shutil, tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from ..adapt.forgetting import ForgettingReport, Gate, forgetting_gate
 from ..lab.exercises import Exercise
-from ..lab.models import load_tokenizer
+from ..lab.models import load_tokenizer, model_place
 from ..lab.runs import mean_interval
 from .awq import awq_treatment
 from .gptq import check_rows, decoder_layers, gptq_treatment, hollow_model, layer_by_layer
@@ -143,8 +143,8 @@ def _plan(place, network, rows, *settings):
     sizes = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(place).glob("*.safetensors")) if Path(place).is_dir() else str(place)
     return hashlib.sha256(repr((stated, sizes, rows, settings)).encode()).hexdigest()[:12]
 
-# %% ../../nbs/5_ship/56_release.ipynb #9b0fe095
-METHODS = dict(gptq=lambda network, found, bits, group_size, **options: gptq_treatment(network, found, bits, group_size=group_size, **options), awq=awq_treatment)
+# %% ../../nbs/5_ship/56_release.ipynb #bb5efc2b
+METHODS = dict(gptq=(gptq_treatment, ("damping", "act_order", "full")), awq=(awq_treatment, ("points", "clip")))      # and what each may be told
 
 def compress_model(
     place: str | Path,               # a shipped model, a folder, or a hub name
@@ -155,22 +155,24 @@ def compress_model(
     method: str = "gptq",            # or awq
     whole_inputs: bool = False,      # W8A8
     progress: bool = True,
-    **options,                       # of gptq or awq_treatment
+    **options,                       # damping, act_order and full of gptq; points and clip of awq_treatment
 ) -> Path:
     "Read, quantize and write a model one layer at a time: for one larger than the memory. Called again after it was ended, it goes on with the layer it was at."
     folder = Path(folder)
     if folder.exists(): raise FileExistsError(f"{folder} is there already: give another one, or delete it")
     if method not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
+    treatment, known = METHODS[method]
+    if set(options) - set(known): raise ValueError(f"{method} knows {', '.join(known)} here, not {', '.join(sorted(set(options) - set(known)))}")
     if method == "awq" and group_size == "channel": raise ValueError("AWQ looks at groups: give group_size a number")
     _check_form(bits, group_size, whole_inputs); check_rows(rows)
     network, present = hollow_model(place)
     matrices, layers, tokenizer, found = inner_matrices(network), decoder_layers(network), load_tokenizer(place), {}
     odd = [f"{name} has rows of {m.in_features}" for name, m in matrices.items() if group_size != "channel" and m.in_features % group_size]
     if odd or not matrices: raise ValueError(f"groups of {group_size} do not fill all rows ({odd[0]}): take a divisor" if odd else f"{type(network).__name__} has no linear matrices inside its layers")
-    partial = folder.parent/f".{folder.name}.{_plan(place, network, rows, bits, group_size, method, whole_inputs, sorted(options.items()))}"
+    partial = folder.parent/f".{folder.name}.{_plan(model_place(place), network, rows, bits, group_size, method, whole_inputs, sorted(options.items()))}"
     partial.mkdir(parents=True, exist_ok=True)
     start, states = _came_so_far(partial)
-    steps = layer_by_layer(network, rows, METHODS[method](network, found, bits, group_size, **options), present, start, states)
+    steps = layer_by_layer(network, rows, treatment(network, found, bits, group_size=group_size, **options), present, start, states)
     for number, layer, states in tqdm(steps, desc="layers", total=len(layers), initial=start, disable=not progress):
         _save(_layer_tensors(network, layer, found, whole_inputs), partial/f"layer-{number:05d}.safetensors")
         _save({str(i): state for i, state in enumerate(states)}, partial/"states.safetensors", layers=str(number + 1))
