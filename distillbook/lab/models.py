@@ -156,7 +156,7 @@ def refuse_pickle(
             "Refused: ask for the model in safetensors, or convert it in an environment of its own.")
         raise FileNotFoundError(f"{folder} has no *.safetensors: the weights are missing")
 
-# %% ../../nbs/0_lab/04_models.ipynb #05c32f82
+# %% ../../nbs/0_lab/04_models.ipynb #4eafa32f
 def adapted_model(
     place: str,      # as model_place returns it
 ) -> str | None:     # name or folder of the model, None where the folder holds a whole model
@@ -176,6 +176,7 @@ def load_tokenizer(
     except OSError as error:
         raise FileNotFoundError(f"no tokenizer found for {name!r} (looked in {place}): {str(error).splitlines()[0]}") from error
 
+# %% ../../nbs/0_lab/04_models.ipynb #56327e3d
 def to_dtype(
     network: PreTrainedModel,  # changed in place
     dtype: torch.dtype,        # of the weights from now on
