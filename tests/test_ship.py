@@ -203,11 +203,17 @@ def saved(network, folder, **options):
     network.save_pretrained(folder, **options); TOKENIZER.save_pretrained(folder)
     return folder
 
+def uneven(network):
+    "Norms and biases that differ from each other, so that a wrong one is seen."
+    for p in network.parameters():
+        if p.ndim == 1: p.data.add_(0.3*torch.randn_like(p))
+    return network
+
 LARGER_THAN_MEMORY = {
-    "Qwen3, tied, in one file": lambda: (qwen3(), {}),
-    "Qwen3 in bfloat16, in parts": lambda: (qwen3(1).to(torch.bfloat16), dict(max_shard_size="40KB")),
-    "Llama with a head of its own, in parts": lambda: (loudly(LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2))), dict(max_shard_size="100KB")),
-    "Qwen2 with biases": lambda: (loudly(Qwen2ForCausalLM(Qwen2Config(vocab_size=len(TOKENIZER), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1))), {})}
+    "Qwen3, tied, in one file": lambda: (uneven(qwen3()), {}),
+    "Qwen3 in bfloat16, in parts": lambda: (uneven(qwen3(1)).to(torch.bfloat16), dict(max_shard_size="40KB")),
+    "Llama with a head of its own, in parts": lambda: (uneven(loudly(LlamaForCausalLM(LlamaConfig(vocab_size=len(TOKENIZER), hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)))), dict(max_shard_size="100KB")),
+    "Qwen2 with biases": lambda: (uneven(loudly(Qwen2ForCausalLM(Qwen2Config(vocab_size=len(TOKENIZER), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1)))), {})}
 
 @pytest.mark.parametrize("kind", LARGER_THAN_MEMORY)
 def test_a_model_read_layer_by_layer_is_the_model(kind, tmp_path):
@@ -235,6 +241,31 @@ def test_hollow_models_refuse_what_they_cannot_read(tmp_path):
     with pytest.raises(ValueError, match="holds an adapter"): hollow_model(tmp_path/"adapter")
     (tmp_path/"pickle").mkdir(); (tmp_path/"pickle"/"config.json").write_text((tmp_path/"model"/"config.json").read_text()); (tmp_path/"pickle"/"pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ValueError, match="is a pickle"): hollow_model(tmp_path/"pickle")
+    with pytest.raises(FileNotFoundError, match="cannot be had"): hollow_model("nobody/nothing")
+    found = {n: quantize(m.weight.data, 4, 32) for n, m in inner_matrices(qwen3()).items()}
+    with pytest.raises(ValueError, match="quantized already"): hollow_model(write_compressed(qwen3(), found, TOKENIZER, tmp_path/"quantized"))
+    untied = saved(qwen3(tie_word_embeddings=False), tmp_path/"untied")
+    told = json.loads((untied/"config.json").read_text())
+    (untied/"config.json").write_text(json.dumps(told | dict(tie_word_embeddings=True)))
+    with pytest.raises(ValueError, match="holds two that differ"): hollow_model(untied)
+
+def test_one_whole_file_goes_before_parts(tmp_path):
+    "A folder with both is read as transformers reads it."
+    saved(qwen3(0), tmp_path, max_shard_size="40KB"); saved(qwen3(1), tmp_path/"one")
+    (tmp_path/"one"/"model.safetensors").rename(tmp_path/"model.safetensors")
+    assert {p.name for p in weight_files(tmp_path).values()} == {"model.safetensors"}
+    held, theirs = weight_files(tmp_path), load_model(tmp_path).state_dict()
+    assert all(torch.equal(w, theirs[k]) for k, w in read_weights({k: k for k in held}, held).items())
+    for f in tmp_path.glob("model*"): f.unlink()
+    with pytest.raises(FileNotFoundError, match="has neither"): weight_files(tmp_path)
+
+def test_a_head_that_is_not_the_table_is_written(tmp_path):
+    "Whatever the configuration says."
+    network = qwen3(tie_word_embeddings=False)
+    network.config.tie_word_embeddings = True
+    found = {n: quantize(m.weight.data, 4, 32) for n, m in inner_matrices(network).items()}
+    written = tensors_of(write_compressed(network, found, TOKENIZER, tmp_path/"out"))
+    assert torch.equal(written["lm_head.weight"], network.lm_head.weight.bfloat16()) and not torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
 
 # AWQ, SmoothQuant, whole numbers
 
@@ -440,9 +471,10 @@ def test_a_file_made_layer_by_layer_is_the_same_file(kind, how, tmp_path):
 def test_a_file_that_cannot_be_made_is_refused_before_the_work(tmp_path):
     saved(qwen3(), tmp_path/"model")
     rows = token_rows(2)
-    for options, what in ((dict(method="rtn"), "method must be one of gptq, awq"), (dict(method="awq", group_size="channel"), "give group_size a number"), (dict(bits=3, group_size=32), "4 or 8 bits"), (dict(group_size=32, symmetric=False), "gptq knows damping, act_order, full here, not symmetric"), (dict(group_size=48), "take a divisor"), (dict(bits=8, group_size=32, whole_inputs=True), "one scale a row"), (dict(group_size=32, rows=[[1], [1, 2]]), "one length")):
+    for options, what in ((dict(method="rtn"), "method must be one of gptq, awq"), (dict(method="awq", group_size="channel"), "give group_size a number"), (dict(bits=3, group_size=32), "4 or 8 bits"), (dict(group_size=32, symmetric=False), "gptq knows damping, act_order, full here, not symmetric"), (dict(group_size=-1), "above 0 or 'channel'"), (dict(group_size=0), "above 0"), (dict(group_size="tensor"), "above 0"), (dict(group_size=48), "take a divisor"), (dict(bits=8, group_size=32, whole_inputs=True), "one scale a row"), (dict(group_size=32, rows=[[1], [1, 2]]), "one length")):
         with pytest.raises(ValueError, match=what): compress_model(tmp_path/"model", tmp_path/"out", **(dict(rows=rows, progress=False) | options))
     with pytest.raises(FileExistsError): compress_model(tmp_path/"model", tmp_path/"model", rows)
+    assert not list(tmp_path.glob(".out*"))
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=len(TOKENIZER)))
     with pytest.raises(ValueError, match="no linear matrices"): compress_model(saved(gpt2, tmp_path/"gpt2"), tmp_path/"out", rows)
     assert not (tmp_path/"out").exists()
@@ -463,7 +495,7 @@ release.compress_model({str(place)!r}, {str(tmp_path/'out')!r}, {rows!r}, group_
     process = subprocess.Popen([sys.executable, "-c", script], env=environment(), cwd=ROOT)
     try: wait_for(lambda: list(tmp_path.glob(".out.*/layer-00002.safetensors")), "the third layer", 120)
     finally: process.kill(); process.wait()
-    partial, = tmp_path.glob(".out.*")
+    partial, = (p for p in tmp_path.glob(".out.*") if p.is_dir())
     kept = {f.name: f.stat().st_ino for f in partial.glob("layer-*.safetensors")}
     assert not (tmp_path/"out").exists() and 3 <= len(kept) < 6
     other = compress_model(place, tmp_path/"other", rows, group_size=32, progress=False)
@@ -473,16 +505,51 @@ release.compress_model({str(place)!r}, {str(tmp_path/'out')!r}, {rows!r}, group_
     one, two = tensors_of(other), tensors_of(made)
     assert set(one) == set(two) and all(torch.equal(two[k], w) for k, w in one.items()) and not list(tmp_path.glob(".out.*"))
 
-def test_other_settings_begin_anew(tmp_path, monkeypatch):
+def ends_at(number, monkeypatch):
+    "A run that ends when so many layers were treated."
     from distillbook.ship import release
-    place, rows = saved(qwen3(num_hidden_layers=3), tmp_path/"model"), token_rows(2)
-    def breaks(*given, **options): return lambda layer, *others: (_ for _ in ()).throw(KeyboardInterrupt)
+    quick, known = release.METHODS["gptq"]
+    def breaks(*given, **options):
+        treat, count = quick(*given, **options), [0]
+        def until(*given):
+            if count[0] == number: raise KeyboardInterrupt
+            count[0] += 1; treat(*given)
+        return until
+    monkeypatch.setitem(release.METHODS, "gptq", (breaks, known))
+
+@pytest.mark.parametrize("change", ["group_size", "rows", "options", "weights", "configuration"])
+def test_another_model_or_other_settings_begin_anew(change, tmp_path, monkeypatch):
+    place, given = saved(qwen3(num_hidden_layers=3), tmp_path/"model"), dict(rows=token_rows(2), group_size=32, progress=False)
     with monkeypatch.context() as m:
-        m.setitem(release.METHODS, "gptq", (breaks, ()))
-        with pytest.raises(KeyboardInterrupt): compress_model(place, tmp_path/"out", rows, group_size=32, progress=False)
-    partial, = tmp_path.glob(".out.*")
-    compress_model(place, tmp_path/"out", rows, group_size=16, progress=False)
-    assert partial.exists() and tensors_of(tmp_path/"out")["model.layers.0.mlp.up_proj.weight_scale"].shape[1] == 4
+        ends_at(2, m)
+        with pytest.raises(KeyboardInterrupt): compress_model(place, tmp_path/"out", **given)
+    left = {p.name for p in tmp_path.glob(".out.*")}
+    assert len(left) == 2                                        # the layers that are done, and the states
+    given |= dict(group_size=dict(group_size=16), rows=dict(rows=token_rows(2, seed=1)), options=dict(act_order=True)).get(change, {})
+    if change == "weights": saved(qwen3(7, num_hidden_layers=3), place)
+    if change == "configuration": (place/"config.json").write_text(json.dumps(json.loads((place/"config.json").read_text()) | dict(rms_norm_eps=0.1)))
+    again, anew = compress_model(place, tmp_path/"out", **given), compress_model(place, tmp_path/"anew", **given)
+    one, two = tensors_of(again), tensors_of(anew)
+    assert set(one) == set(two) and all(torch.equal(two[k], w) for k, w in one.items())
+    assert left == {p.name for p in tmp_path.glob(".out.*")}     # what was made with other settings is still there
+
+def test_an_end_at_any_moment_is_made_good(tmp_path, monkeypatch):
+    "Before each layer, and at the very end, when all that is missing is the name."
+    from pathlib import Path
+    place, given = saved(qwen3(num_hidden_layers=3), tmp_path/"model"), dict(rows=token_rows(2), group_size=32, progress=False)
+    for number in range(3):
+        with monkeypatch.context() as m:
+            ends_at(1 if number else 0, m)                       # each run gets one layer further
+            with pytest.raises(KeyboardInterrupt): compress_model(place, tmp_path/"out", **given)
+    with monkeypatch.context() as m:
+        m.setattr(Path, "rename", lambda *given: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt): compress_model(place, tmp_path/"out", **given)
+    assert not (tmp_path/"out").exists()
+    with monkeypatch.context() as m:
+        ends_at(0, m)                                            # no layer is treated any more
+        made = compress_model(place, tmp_path/"out", **given)
+    one, two = tensors_of(made), tensors_of(compress_model(place, tmp_path/"anew", **given))
+    assert set(one) == set(two) and all(torch.equal(two[k], w) for k, w in one.items()) and {p.name for p in tmp_path.iterdir()} == {"model", "out", "anew"}
 
 def test_one_layer_is_in_memory_at_a_time(tmp_path):
     "Peak memory over what the process had before, of the same model whole and layer by layer; matrices are rounded, which takes less time than GPTQ."

@@ -176,12 +176,12 @@ def load_tokenizer(
     except OSError as error:
         raise FileNotFoundError(f"no tokenizer found for {name!r} (looked in {place}): {str(error).splitlines()[0]}") from error
 
-# %% ../../nbs/0_lab/04_models.ipynb #56327e3d
+# %% ../../nbs/0_lab/04_models.ipynb #13a4dcbd
 def to_dtype(
     network: PreTrainedModel,  # changed in place
     dtype: torch.dtype,        # of the weights from now on
 ) -> PreTrainedModel:
-    "Weights in another precision, and nothing else: `.to` would round the rotary frequencies too, and a rounded frequency turns far positions by radians."
+    "Weights in another precision, and nothing else: `.to` would round the rotary frequencies too, and what a rounded frequency turns wrongly grows with the position."
     for weight in network.parameters(): weight.data = weight.data.to(dtype)
     return network
 

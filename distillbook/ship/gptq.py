@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_best_second', 'check_damped', 'gptq', 'some_texts', 'text_rows', 'check_rows', 'first_inputs', 'decoder_layers',
            'layer_by_layer', 'calibrated', 'gptq_treatment', 'gptq_model', 'weight_files', 'read_weights',
-           'hollow_model']
+           'model_folder', 'hollow_model']
 
 # %% ../../nbs/5_ship/51_gptq.ipynb #6204dca0
 import json, random
@@ -64,11 +64,11 @@ def gptq(
         rows[:, begin + block:] -= errors @ answers[begin:begin + block, begin + block:]
     return Quantized(codes.T.reshape(plain.codes.shape), scale, zero, bits, plain.shape)
 
-# %% ../../nbs/5_ship/51_gptq.ipynb #2972dbe8
+# %% ../../nbs/5_ship/51_gptq.ipynb #3b867b40
 def some_texts(
     corpus: str,                   # as in load_corpus
     split: str,                    # train or test
-    most: int = 2000,
+    most: int = 2000,              # texts
 ) -> list[str]:
     "The same few texts of a corpus each time."
     found = list(load_corpus(corpus, split)["text"])
@@ -81,7 +81,8 @@ def text_rows(
     length: int,                   # tokens in each
     seed: int,                     # another order of the texts for each
 ) -> list[list[int]]:              # token ids
-    "Texts one behind the other, cut into rows of one length. Raises ValueError where they are too short for so many."
+    "Texts one behind the other, an end token after each, cut into rows of one length. Raises ValueError where they are too short for so many, or the tokenizer has no end token."
+    if tokenizer.eos_token_id is None: raise ValueError("the tokenizer has no end token to put between texts: set eos_token")
     ids = []
     for text in random.Random(seed).sample(texts, len(texts)):
         ids += tokenizer(text, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
@@ -136,7 +137,7 @@ def decoder_layers(
         return layers
     raise ValueError(f"{type(network).__name__} has neither model.layers nor transformer.h: its layers are not known here")
 
-# %% ../../nbs/5_ship/51_gptq.ipynb #d4d8cee1
+# %% ../../nbs/5_ship/51_gptq.ipynb #e02b3170
 @torch.no_grad()
 def layer_by_layer(
     network: nn.Module,                  # changed in place
@@ -144,9 +145,9 @@ def layer_by_layer(
     treat,                               # function (layer, {name: H of the matrix's inputs}, states, shared): changes the layer
     present=nullcontext,                 # function of a layer: a context in which it has its weights; from hollow_model
     start: int = 0,                      # first layer that is treated, and
-    states: list[Tensor] | None = None,  # what it is given, where an earlier run came so far
+    states: list[Tensor] | None = None,  # what it is given, where an earlier run came so far; changed in place
 ) -> Iterator[tuple[int, nn.Module, list[Tensor]]]:      # after each layer: its number, the layer, and what it hands on
-    "Send text through a model a layer at a time; each layer is treated, and what it hands on afterwards is what the next one sees."
+    "Send text through a model a layer at a time; each layer is treated, and what it hands on afterwards is what the next one sees. Raises ValueError for rows of several lengths and for layers that are not known."
     check_rows(rows)
     layers = decoder_layers(network)
     first, shared = first_inputs(network, rows, layers)
@@ -161,9 +162,13 @@ def layer_by_layer(
                     hessians[name] = hessians.get(name, 0.) + latest[1]
                 return seen
             hooks = [m.register_forward_pre_hook(watch(name)) for name, m in layer.named_modules() if isinstance(m, nn.Linear)]
-            for state in states: layer(state, **shared)
-            for hook in hooks: hook.remove()
+            try:
+                for state in states: layer(state, **shared)
+            finally:
+                for hook in hooks: hook.remove()
+            latest[:] = None, None                          # one of these matrices can be a gigabyte
             treat(layer, hessians, states, shared)
+            hessians.clear()
             for i, state in enumerate(states):
                 out = layer(state, **shared)
                 states[i] = out[0] if isinstance(out, tuple) else out
@@ -172,7 +177,7 @@ def layer_by_layer(
 
 def calibrated(
     network: nn.Module,                  # changed in place
-    rows: list[list[int]],
+    rows: list[list[int]],               # calibration text, token ids, all of one length
     treat,                               # as in layer_by_layer
     progress: bool = True,
 ) -> nn.Module:
@@ -180,11 +185,11 @@ def calibrated(
     for _ in tqdm(layer_by_layer(network, rows, treat), total=len(decoder_layers(network)), desc="layers", disable=not progress): pass
     return network
 
-# %% ../../nbs/5_ship/51_gptq.ipynb #71e4dd40
+# %% ../../nbs/5_ship/51_gptq.ipynb #dc2ad918
 def gptq_treatment(
-    network: nn.Module,
+    network: nn.Module,            # whose layers will be treated
     found: dict[str, Quantized],   # receives each matrix by its name
-    bits: int,
+    bits: int,                     # 2 to 8
     **options,                     # of gptq
 ):                                 # for layer_by_layer
     "GPTQ for every matrix of a layer."
@@ -208,14 +213,16 @@ def gptq_model(
     calibrated(network, rows, gptq_treatment(network, found, bits, **options), progress)
     return found
 
-# %% ../../nbs/5_ship/51_gptq.ipynb #8015d36a
+# %% ../../nbs/5_ship/51_gptq.ipynb #31fb61ff
 def weight_files(
     folder: str | Path,
 ) -> dict[str, Path]:                # weight's name -> the file that it lies in
-    "Where the weights of a model in safetensors are: in one file, or in some with an index."
-    folder = Path(folder)
-    if (index := folder/"model.safetensors.index.json").exists(): return {k: folder/file for k, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-    with safe_open(folder/"model.safetensors", "pt") as file: return dict.fromkeys(file.keys(), folder/"model.safetensors")
+    "Where the weights of a model in safetensors are: in one file, or in some with an index. Raises FileNotFoundError where there is neither."
+    whole, index = Path(folder)/"model.safetensors", Path(folder)/"model.safetensors.index.json"
+    if whole.exists():
+        with safe_open(whole, "pt") as file: return dict.fromkeys(file.keys(), whole)
+    if not index.exists(): raise FileNotFoundError(f"{folder} has neither {whole.name} nor {index.name}: save the model with save_pretrained")
+    return {k: Path(folder)/file for k, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
 
 def read_weights(
     wanted: dict[str, str],          # key of the answer -> weight's name
@@ -229,19 +236,31 @@ def read_weights(
         with safe_open(path, "pt") as file: found |= {key: file.get_tensor(name) for key, name in wanted.items() if files[name] == path}
     return found
 
-# %% ../../nbs/5_ship/51_gptq.ipynb #3ddfb33e
+# %% ../../nbs/5_ship/51_gptq.ipynb #940152e0
+def model_folder(
+    place: str | Path,               # as in model_place
+) -> str:                            # a folder on this machine
+    "Where a model's files lie; those of a hub name are fetched. Raises FileNotFoundError where there are none."
+    place = model_place(place)
+    if Path(place).is_dir(): return place
+    from huggingface_hub import snapshot_download
+    try: return snapshot_download(place, allow_patterns=["*.json", "model*.safetensors", "*.model", "*.txt", "*.jinja"])
+    except (OSError, ValueError) as error: raise FileNotFoundError(f"the files of {place} cannot be had: {str(error).splitlines()[0]}") from error
+
 def hollow_model(
     place: str | Path,               # a shipped model, a folder, or a hub name
 ):                                   # the network, and a function of a layer: a context in which the layer has its weights
-    "A model whose layers are read when their turn comes, for one that is larger than the memory. Raises ValueError for an adapter without its model."
+    "A model whose layers are read when their turn comes, for one that is larger than the memory. Raises ValueError for an adapter, for pickles, and for a model that is quantized already."
     from accelerate import init_empty_weights
-    place = model_place(place)
-    if not Path(place).is_dir():
-        from huggingface_hub import snapshot_download
-        place = snapshot_download(place, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    place = model_folder(place)
     if adapted_model(place): raise ValueError(f"{place} holds an adapter: merge it into its model first (load_model does)")
     refuse_pickle(place)
     config, files = AutoConfig.from_pretrained(place, trust_remote_code=False), weight_files(place)
+    if getattr(config, "quantization_config", None): raise ValueError(f"{place} is quantized already: take the model that it was made from")
+    if config.tie_word_embeddings and "lm_head.weight" in files:
+        table = next(k for k in files if k.endswith(("embed_tokens.weight", "wte.weight")))
+        both = read_weights({k: k for k in (table, "lm_head.weight")}, files)
+        if not torch.equal(*both.values()): raise ValueError(f"{place} says that its output matrix is its table of tokens, and holds two that differ: set tie_word_embeddings to false in its config.json")
     with init_empty_weights(): network = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=False)
     own = set(map(id, decoder_layers(network)))
     layers = {id(layer): name for name, layer in network.named_modules() if id(layer) in own}

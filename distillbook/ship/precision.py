@@ -33,13 +33,13 @@ class Quantized:
         "Bits of codes, scales and zero points."
         return self.codes.numel()*self.bits + self.scale.numel()*scale_bits + (0 if self.zero is None else self.zero.numel()*self.bits)
 
-# %% ../../nbs/5_ship/50_precision.ipynb #71673aed
+# %% ../../nbs/5_ship/50_precision.ipynb #a6dbc836
 def ruler(
     values: Tensor,              # [..., group]
     bits: int,
     symmetric: bool = True,
     over: tuple = (-1,),         # dimensions that share a ruler
-    full: bool = False,          # a symmetric ruler has one mark more, at its lower end, and both ends lie half a mark outside
+    full: bool = False,          # a symmetric ruler has one mark more, at its lower end; the largest value lies half a gap beyond the upper end, or, negative, between the lowest two
 ) -> tuple[Tensor, Tensor | None]:     # distance of two marks, and the zero point of an affine ruler
     "The shortest ruler of 2**bits marks (2**bits - 1 where it is symmetric and not full) that leaves no value more than half a mark away."
     high, low = values.amax(over, keepdim=True), values.amin(over, keepdim=True)

@@ -6,7 +6,7 @@
 __all__ = ['METHODS', 'RUNS_ON', 'check_survives', 'check_word', 'pack_int32', 'unpack_int32', 'description', 'stored',
            'write_compressed', 'compress_model', 'Bars', 'ship_gate', 'Candidate', 'choose']
 
-# %% ../../nbs/5_ship/56_release.ipynb #48994791
+# %% ../../nbs/5_ship/56_release.ipynb #8c86743a
 import hashlib, json, math, shutil, tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from ..adapt.forgetting import ForgettingReport, Gate, forgetting_gate
 from ..lab.exercises import Exercise
-from ..lab.models import load_tokenizer, model_place
+from ..lab.models import load_tokenizer
 from ..lab.runs import mean_interval
 from .awq import awq_treatment
-from .gptq import check_rows, decoder_layers, gptq_treatment, hollow_model, layer_by_layer
+from .gptq import check_rows, decoder_layers, gptq_treatment, hollow_model, layer_by_layer, model_folder
 from .precision import Quantized, inner_matrices, quantize
 
 # %% ../../nbs/5_ship/56_release.ipynb #97b4a970
@@ -66,11 +66,16 @@ def stored(
     "The same with scales of sixteen bits, as they lie in the file."
     return Quantized(found.codes, found.scale.to(torch.bfloat16).float(), found.zero, found.bits, found.shape)
 
-# %% ../../nbs/5_ship/56_release.ipynb #6e9135f0
+# %% ../../nbs/5_ship/56_release.ipynb #b01966b7
 def _check_form(bits, group_size, whole_inputs):
     "Raise ValueError for what the format has no words for."
     if whole_inputs and (bits, group_size) != (8, "channel"): raise ValueError("inputs of 8 bits go with weights of 8 bits and one scale a row")
     if not whole_inputs and bits not in (4, 8): raise ValueError(f"the format packs 4 or 8 bits, not {bits}")
+    if group_size != "channel" and (not isinstance(group_size, int) or group_size < 1): raise ValueError(f"group_size must be a whole number above 0 or 'channel', not {group_size!r}")
+
+def _shares_its_table(network):
+    "Whether the output matrix is the table of tokens: then it is not written a second time."
+    return network.get_output_embeddings().weight is network.get_input_embeddings().weight
 
 def _tensors(name, found, whole_inputs):
     "One matrix as it lies in the file."
@@ -90,7 +95,7 @@ def _write_description(network, tokenizer, folder, bits, group_size, whole_input
     network.config.save_pretrained(folder); tokenizer.save_pretrained(folder); network.generation_config.save_pretrained(folder)
     (folder/"config.json").write_text(json.dumps(config, indent=2, default=str), encoding="utf-8")
 
-# %% ../../nbs/5_ship/56_release.ipynb #d6af5b7c
+# %% ../../nbs/5_ship/56_release.ipynb #415ff2dd
 def write_compressed(
     network: nn.Module,                   # what is not in `found` is written from here, in bfloat16
     found: dict[str, Quantized],          # the matrices inside the layers by name: from gptq_model, awq_model, or quantize
@@ -107,7 +112,7 @@ def write_compressed(
     _check_form(bits, group_size, whole_inputs)
     if folder.exists(): raise FileExistsError(f"{folder} is there already: give another one, or delete it")
     tensors = {name: w.detach().to(torch.bfloat16) for name, w in network.state_dict().items() if name.rsplit(".", 1)[0] not in found or name.endswith("bias")}
-    if network.config.tie_word_embeddings: tensors.pop("lm_head.weight", None)
+    if _shares_its_table(network): tensors.pop("lm_head.weight", None)
     for name, q in found.items(): tensors |= _tensors(name, q, whole_inputs)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as partial:
@@ -118,7 +123,7 @@ def write_compressed(
         whole.rename(folder)
     return folder
 
-# %% ../../nbs/5_ship/56_release.ipynb #dfb37c05
+# %% ../../nbs/5_ship/56_release.ipynb #1ddf6f96
 def _layer_tensors(network, layer, found, whole_inputs):
     "A layer as it lies in the file: its matrices from `found`, all else in bfloat16. Raises ValueError for a matrix that no text came to."
     names = {id(m): name for name, m in network.named_modules()}
@@ -129,26 +134,25 @@ def _layer_tensors(network, layer, found, whole_inputs):
     for name, q in found.items(): tensors |= _tensors(name, q, whole_inputs)
     return tensors
 
-def _came_so_far(partial):
+def _came_so_far(states_file):
     "The layer that is next, and what it is given; 0 and None where nothing was finished."
-    if not (partial/"states.safetensors").exists(): return 0, None
-    with safe_open(partial/"states.safetensors", "pt") as file: return int(file.metadata()["layers"]), [file.get_tensor(str(i)) for i in range(len(file.keys()))]
+    if not states_file.exists(): return 0, None
+    with safe_open(states_file, "pt") as file: return int(file.metadata()["layers"]), [file.get_tensor(str(i)) for i in range(len(file.keys()))]
 
 def _keys(path):
     with safe_open(path, "pt") as file: return list(file.keys())
 
-def _plan(place, network, rows, *settings):
-    "A fingerprint of what a run depends on: its files begin with it, so that other settings begin anew."
-    stated = [(k, tuple(w.shape), str(w.dtype)) for k, w in network.state_dict().items()]
-    sizes = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(place).glob("*.safetensors")) if Path(place).is_dir() else str(place)
-    return hashlib.sha256(repr((stated, sizes, rows, settings)).encode()).hexdigest()[:12]
+def _plan(place, *settings):
+    "A fingerprint of what a run depends on: what it writes on the way is called by it, so that another model or other settings begin anew."
+    files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(place).iterdir() if f.suffix in (".safetensors", ".json"))
+    return hashlib.sha256(repr((str(place), files, settings)).encode()).hexdigest()[:12]
 
-# %% ../../nbs/5_ship/56_release.ipynb #bb5efc2b
+# %% ../../nbs/5_ship/56_release.ipynb #4be245d6
 METHODS = dict(gptq=(gptq_treatment, ("damping", "act_order", "full")), awq=(awq_treatment, ("points", "clip")))      # and what each may be told
 
 def compress_model(
-    place: str | Path,               # a shipped model, a folder, or a hub name
-    folder: str | Path,              # there only when it is complete
+    place: str | Path,               # a shipped model that is no adapter, a folder, or a hub name
+    folder: str | Path,              # there only when it is complete; what is unfinished lies beside it, in a hidden folder
     rows: list[list[int]],           # calibration text, token ids, all of one length
     bits: int = 4,                   # 4, or 8
     group_size: int | str = 128,     # neighbours in a row that share a scale, or "channel"
@@ -157,7 +161,7 @@ def compress_model(
     progress: bool = True,
     **options,                       # damping, act_order and full of gptq; points and clip of awq_treatment
 ) -> Path:
-    "Read, quantize and write a model one layer at a time: for one larger than the memory. Called again after it was ended, it goes on with the layer it was at."
+    "Read, quantize and write a model one layer at a time: for one larger than the memory. Called again with the same arguments after it was ended, it goes on with the layer it was at. Raises ValueError for what the format or the method does not know, FileExistsError where the folder is there."
     folder = Path(folder)
     if folder.exists(): raise FileExistsError(f"{folder} is there already: give another one, or delete it")
     if method not in METHODS: raise ValueError(f"method must be one of {', '.join(METHODS)}, not {method!r}")
@@ -165,26 +169,30 @@ def compress_model(
     if set(options) - set(known): raise ValueError(f"{method} knows {', '.join(known)} here, not {', '.join(sorted(set(options) - set(known)))}")
     if method == "awq" and group_size == "channel": raise ValueError("AWQ looks at groups: give group_size a number")
     _check_form(bits, group_size, whole_inputs); check_rows(rows)
+    place = model_folder(place)
     network, present = hollow_model(place)
     matrices, layers, tokenizer, found = inner_matrices(network), decoder_layers(network), load_tokenizer(place), {}
+    inside = {id(m) for layer in layers for m in layer.modules()}
+    if strange := [name for name, m in matrices.items() if id(m) not in inside]: raise ValueError(f"{strange[0]} lies outside of the layers: it would be written in floats, and read as if it were packed")
     odd = [f"{name} has rows of {m.in_features}" for name, m in matrices.items() if group_size != "channel" and m.in_features % group_size]
     if odd or not matrices: raise ValueError(f"groups of {group_size} do not fill all rows ({odd[0]}): take a divisor" if odd else f"{type(network).__name__} has no linear matrices inside its layers")
-    partial = folder.parent/f".{folder.name}.{_plan(model_place(place), network, rows, bits, group_size, method, whole_inputs, sorted(options.items()))}"
+    partial = folder.parent/f".{folder.name}.{_plan(place, rows, bits, group_size, method, whole_inputs, sorted(options.items()))}"
     partial.mkdir(parents=True, exist_ok=True)
-    start, states = _came_so_far(partial)
+    _write_description(network, tokenizer, partial, bits, group_size, whole_inputs)
+    states_file = partial.with_name(f"{partial.name}.states")
+    start, states = _came_so_far(states_file)
     steps = layer_by_layer(network, rows, treatment(network, found, bits, group_size=group_size, **options), present, start, states)
     for number, layer, states in tqdm(steps, desc="layers", total=len(layers), initial=start, disable=not progress):
         _save(_layer_tensors(network, layer, found, whole_inputs), partial/f"layer-{number:05d}.safetensors")
-        _save({str(i): state for i, state in enumerate(states)}, partial/"states.safetensors", layers=str(number + 1))
+        _save({str(i): state for i, state in enumerate(states)}, states_file, layers=str(number + 1))
         found.clear()
-    outside = {k: w.to(torch.bfloat16) for k, w in network.state_dict().items() if w.device.type != "meta" and not (k == "lm_head.weight" and network.config.tie_word_embeddings)}
+    outside = {k: w.to(torch.bfloat16) for k, w in network.state_dict().items() if w.device.type != "meta" and not (k == "lm_head.weight" and _shares_its_table(network))}
     _save(outside, partial/"outside.safetensors")
-    _write_description(network, tokenizer, partial, bits, group_size, whole_inputs)
     files = [*sorted(partial.glob("layer-*.safetensors")), partial/"outside.safetensors"]
     index = dict(metadata=dict(total_size=sum(f.stat().st_size for f in files)), weight_map={key: f.name for f in files for key in _keys(f)})
     (partial/"model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
     partial.rename(folder)
-    (folder/"states.safetensors").unlink()
+    states_file.unlink()
     return folder
 
 # %% ../../nbs/5_ship/56_release.ipynb #aca488f9
