@@ -137,7 +137,7 @@ def decoder_layers(
         return layers
     raise ValueError(f"{type(network).__name__} has neither model.layers nor transformer.h: its layers are not known here")
 
-# %% ../../nbs/5_ship/51_gptq.ipynb #e02b3170
+# %% ../../nbs/5_ship/51_gptq.ipynb #e9867633
 @torch.no_grad()
 def layer_by_layer(
     network: nn.Module,                  # changed in place
@@ -175,6 +175,7 @@ def layer_by_layer(
             layer.to(kind)
             yield number, layer, states
 
+# %% ../../nbs/5_ship/51_gptq.ipynb #366e0382
 def calibrated(
     network: nn.Module,                  # changed in place
     rows: list[list[int]],               # calibration text, token ids, all of one length

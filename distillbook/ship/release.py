@@ -147,9 +147,10 @@ def _plan(place, *settings):
     files = sorted((f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in Path(place).iterdir() if f.suffix in (".safetensors", ".json"))
     return hashlib.sha256(repr((str(place), files, settings)).encode()).hexdigest()[:12]
 
-# %% ../../nbs/5_ship/56_release.ipynb #4be245d6
+# %% ../../nbs/5_ship/56_release.ipynb #e8b96f01
 METHODS = dict(gptq=(gptq_treatment, ("damping", "act_order", "full")), awq=(awq_treatment, ("points", "clip")))      # and what each may be told
 
+# %% ../../nbs/5_ship/56_release.ipynb #f62096fb
 def compress_model(
     place: str | Path,               # a shipped model that is no adapter, a folder, or a hub name
     folder: str | Path,              # there only when it is complete; what is unfinished lies beside it, in a hidden folder
